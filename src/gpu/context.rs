@@ -1,0 +1,185 @@
+//! Adapters and devices.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::gpu::caps::{Caps, Tier};
+use crate::gpu::kernel::{Kernel, Pipeline};
+
+/// What to tell a person whose machine shows no adapter.
+pub const NO_DRIVER_HINT: &str = "install a Vulkan driver (Debian, Ubuntu: apt install mesa-vulkan-drivers; NVIDIA: the \
+                                  driver package and libvulkan1) or, with none, run on the CPU";
+
+/// Reads a backend's name: `all`, `vulkan`, `metal`, `dx12` or `gl`.
+///
+/// # Errors
+/// [`Error::Unknown`] for any other word.
+pub fn parse_backends(word: &str) -> Result<wgpu::Backends> {
+    match word {
+        "all" => Ok(wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12 | wgpu::Backends::GL),
+        "vulkan" => Ok(wgpu::Backends::VULKAN),
+        "metal" => Ok(wgpu::Backends::METAL),
+        "dx12" => Ok(wgpu::Backends::DX12),
+        "gl" => Ok(wgpu::Backends::GL),
+        _ => Err(Error::Unknown { what: "backend", value: word.into(), known: "all, vulkan, metal, dx12, gl".into() }),
+    }
+}
+
+fn instance(backends: wgpu::Backends) -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() })
+}
+
+/// All adapters of the backends that can run compute shaders.
+pub fn adapters(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
+    let mut adapters = pollster::block_on(instance(backends).enumerate_adapters(backends));
+    adapters
+        .retain(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
+    adapters
+}
+
+/// Ranks adapters: real GPUs before software, Vulkan, Metal and DX12 before GL.
+fn preference(info: &wgpu::AdapterInfo) -> (u8, bool) {
+    let device = match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    };
+    (device, info.backend == wgpu::Backend::Gl)
+}
+
+/// A device with its queue, its capabilities and the pipelines built for it.
+///
+/// Cloning shares all of these.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    caps: Caps,
+    name: String,
+    pipelines: Arc<Mutex<HashMap<Kernel, Arc<Pipeline>>>>,
+    lost: Arc<Mutex<Option<String>>>,
+}
+
+impl Gpu {
+    /// Opens the best adapter of the backends: a discrete GPU before an integrated one before a software driver.
+    ///
+    /// `LIGHTHOUSE_TIER` forces a tier.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`] if there is none, [`Error::Gpu`] if it cannot be opened, [`Error::Tier`] if it lacks the
+    /// forced tier.
+    pub fn new(backends: wgpu::Backends) -> Result<Self> {
+        let adapter = adapters(backends).into_iter().min_by_key(|adapter| preference(&adapter.get_info()));
+        let adapter =
+            adapter.ok_or_else(|| Error::NoAdapter { backends: format!("{backends:?}"), hint: NO_DRIVER_HINT })?;
+        let gpu = Self::from_adapter(&adapter)?;
+        match std::env::var("LIGHTHOUSE_TIER") {
+            Ok(tier) => gpu.with_tier(tier.parse()?),
+            Err(_) => Ok(gpu),
+        }
+    }
+
+    /// Opens an adapter with all its limits and the features that kernels can use.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver refuses.
+    pub fn from_adapter(adapter: &wgpu::Adapter) -> Result<Self> {
+        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("lighthouse-attention"),
+            required_features: adapter.features() & wanted,
+            required_limits: adapter.limits(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            ..Default::default()
+        };
+        let (device, queue) =
+            pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| Error::Gpu(e.to_string()))?;
+        let mut gpu = Self::from_device(device, queue);
+        let info = adapter.get_info();
+        gpu.name = format!("{} ({:?}, {} {})", info.name, info.backend, info.driver, info.driver_info);
+        let lost = gpu.lost.clone();
+        gpu.device.on_uncaptured_error(Arc::new(move |error| {
+            lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.to_string());
+        }));
+        Ok(gpu)
+    }
+
+    /// Takes a device of the caller's. Its error handlers stay the caller's.
+    pub fn from_device(device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let caps = Caps::of_device(&device);
+        let info = device.adapter_info();
+        Self {
+            caps,
+            name: format!("{} ({:?})", info.name, info.backend),
+            device,
+            queue,
+            pipelines: Arc::default(),
+            lost: Arc::default(),
+        }
+    }
+
+    /// The same device with a tier forced.
+    ///
+    /// # Errors
+    /// [`Error::Tier`] if the device lacks it.
+    pub fn with_tier(mut self, tier: Tier) -> Result<Self> {
+        self.caps = self.caps.with_tier(tier, &self.name)?;
+        Ok(self)
+    }
+
+    /// What the device can do.
+    pub fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    /// Adapter, backend and driver.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether the adapter is a driver that computes on the CPU.
+    pub fn is_software(&self) -> bool {
+        self.device.adapter_info().device_type == wgpu::DeviceType::Cpu
+    }
+
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// The queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    /// The pipeline of a kernel, built at its first use.
+    pub(crate) fn pipeline(&self, kernel: &Kernel, fields: &[(&'static str, usize)]) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner).get(kernel) {
+            return Ok(pipeline.clone());
+        }
+        // Built outside the lock, so that many can be built at a time.
+        let pipeline = Arc::new(Pipeline::new(&self.device, kernel, fields)?);
+        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(pipelines.entry(kernel.clone()).or_insert(pipeline).clone())
+    }
+
+    /// Waits for all submitted work.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] with what the device reported since the last call.
+    pub fn wait(&self) -> Result<()> {
+        self.device.poll(wgpu::PollType::wait_indefinitely()).map_err(|e| Error::Gpu(e.to_string()))?;
+        self.check()
+    }
+
+    /// Passes on an error that the device reported.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.lost.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(message) => Err(Error::Gpu(message)),
+            None => Ok(()),
+        }
+    }
+}

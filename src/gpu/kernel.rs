@@ -1,0 +1,251 @@
+//! Kernels: a shader with its element types and constants, and the pipeline made of it.
+
+use crate::error::{Error, Result};
+use crate::gpu::caps::{Caps, Tier};
+use crate::gpu::shader::{BindingKind, Composed, Reflection, compose, parse, reflect};
+use crate::tensor::Element;
+
+/// A kernel's uniform block: `#[repr(C)]` with 4-byte scalars, and its members' names and offsets for the check
+/// against the shader.
+pub(crate) trait Params: bytemuck::Pod {
+    const FIELDS: &'static [(&'static str, usize)];
+}
+
+/// Declares a uniform block once, with the list that is checked against the shader's `struct Params`.
+macro_rules! params {
+    ($(#[$meta:meta])* $name:ident { $($field:ident: $ty:ty),* $(,)? }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+        struct $name { $($field: $ty),* }
+        impl $crate::gpu::Params for $name {
+            const FIELDS: &'static [(&'static str, usize)] =
+                &[$((stringify!($field), std::mem::offset_of!($name, $field))),*];
+        }
+    };
+}
+pub(crate) use params;
+
+/// A workgroup grid of `count` workgroups, in two dimensions where one does not hold them; the kernel gets its number
+/// from `linear_workgroup` in `shared/grid.wgsl` and leaves when it is not below the count.
+///
+/// # Errors
+/// [`Error::Limit`] when even two dimensions do not hold them.
+pub(crate) fn grid(caps: &Caps, count: u64) -> Result<[u32; 3]> {
+    let limit = u64::from(caps.limits.max_compute_workgroups_per_dimension);
+    let rows = count.div_ceil(limit);
+    if rows > limit {
+        return Err(Error::Limit {
+            what: "a dispatch, counted in workgroups,".into(),
+            needed: count,
+            limit: "max_compute_workgroups_per_dimension (squared)",
+            available: limit.saturating_mul(limit),
+        });
+    }
+    Ok([count.div_ceil(rows.max(1)) as u32, rows as u32, 1])
+}
+
+/// A constant of a shader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Constant {
+    U32(u32),
+    Bool(bool),
+}
+
+/// A shader with what specialises it. Two equal kernels are one pipeline.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    pub(crate) shader: &'static str,
+    tier: Tier,
+    elements: Vec<(&'static str, Element)>,
+    constants: Vec<(&'static str, Constant)>,
+}
+
+impl Kernel {
+    /// The shader at `shaders/<shader>.wgsl`.
+    pub(crate) fn new(caps: &Caps, shader: &'static str) -> Self {
+        Self { shader, tier: caps.tier, elements: Vec::new(), constants: Vec::new() }
+    }
+
+    /// Gives the shader `alias NAME4` for four stored elements, with `unpack_NAME` to and `pack_NAME` from `vec4<f32>`.
+    pub(crate) fn element(mut self, name: &'static str, element: Element) -> Self {
+        self.elements.push((name, element));
+        self
+    }
+
+    /// Gives the shader `const NAME: u32`.
+    pub(crate) fn constant(mut self, name: &'static str, value: usize) -> Self {
+        self.constants.push((name, Constant::U32(value as u32)));
+        self
+    }
+
+    /// Gives the shader `const NAME: bool`.
+    pub(crate) fn flag(mut self, name: &'static str, value: bool) -> Self {
+        self.constants.push((name, Constant::Bool(value)));
+        self
+    }
+
+    fn prelude(&self) -> String {
+        let native = self.tier >= Tier::SimtF16;
+        let mut prelude = String::new();
+        if native && self.elements.iter().any(|(_, element)| *element == Element::F16) {
+            prelude.push_str("enable f16;\n");
+        }
+        for (name, element) in &self.elements {
+            let (alias, unpack, pack) = match element {
+                Element::F16 if native => ("vec4<f16>", "vec4<f32>(x)", "vec4<f16>(x)"),
+                Element::F16 => (
+                    "vec2<u32>",
+                    "vec4<f32>(unpack2x16float(x.x), unpack2x16float(x.y))",
+                    "vec2<u32>(pack2x16float(x.xy), pack2x16float(x.zw))",
+                ),
+                Element::F32 | Element::U32 => ("vec4<f32>", "x", "x"),
+            };
+            prelude.push_str(&format!(
+                "alias {name}4 = {alias};\n\
+                 fn unpack_{name}(x: {name}4) -> vec4<f32> {{ return {unpack}; }}\n\
+                 fn pack_{name}(x: vec4<f32>) -> {name}4 {{ return {pack}; }}\n"
+            ));
+        }
+        for (name, constant) in &self.constants {
+            prelude.push_str(&match constant {
+                Constant::U32(value) => format!("const {name}: u32 = {value}u;\n"),
+                Constant::Bool(value) => format!("const {name}: bool = {value};\n"),
+            });
+        }
+        prelude
+    }
+
+    /// The kernel's WGSL.
+    ///
+    /// # Errors
+    /// [`Error::Shader`] as [`compose`](crate::gpu::compose).
+    pub fn compose(&self) -> Result<Composed> {
+        let numbers: Vec<(&'static str, u32)> = self
+            .constants
+            .iter()
+            .filter_map(|&(name, constant)| match constant {
+                Constant::U32(value) => Some((name, value)),
+                Constant::Bool(_) => None,
+            })
+            .collect();
+        compose(self.shader, &self.prelude(), &numbers)
+    }
+}
+
+/// A built kernel.
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+    pub reflection: Reflection,
+}
+
+impl Pipeline {
+    /// Composes, checks against the host's side and the device's limits, and builds.
+    pub fn new(device: &wgpu::Device, kernel: &Kernel, fields: &[(&'static str, usize)]) -> Result<Self> {
+        let name = kernel.shader;
+        let composed = kernel.compose()?;
+        let reflection = reflect(name, &parse(name, &composed)?)?;
+        check(name, &reflection, fields, &device.limits())?;
+        let entries: Vec<wgpu::BindGroupLayoutEntry> = reflection
+            .bindings
+            .iter()
+            .map(|binding| wgpu::BindGroupLayoutEntry {
+                binding: binding.index,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: match binding.kind {
+                        BindingKind::Storage { writable } => wgpu::BufferBindingType::Storage { read_only: !writable },
+                        BindingKind::Uniform => wgpu::BufferBindingType::Uniform,
+                    },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let layout =
+            device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(name),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let module = shader_module(device, name, &composed);
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(name),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            // Kernels write their workgroup memory before they read it; zeroing it costs a pass over it per workgroup.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: None,
+        });
+        match pollster::block_on(scope.pop()) {
+            Some(error) => Err(Error::Shader { shader: format!("shaders/{name}.wgsl"), message: error.to_string() }),
+            None => Ok(Self { pipeline, layout, reflection }),
+        }
+    }
+}
+
+#[allow(unsafe_code, reason = "the kernels' bounds are proven by their tests; release builds drop the runtime checks")]
+fn shader_module(device: &wgpu::Device, name: &str, composed: &Composed) -> wgpu::ShaderModule {
+    let checks = if cfg!(debug_assertions) {
+        wgpu::ShaderRuntimeChecks::checked()
+    } else {
+        wgpu::ShaderRuntimeChecks::unchecked()
+    };
+    let source = wgpu::ShaderSource::Wgsl(composed.source.as_str().into());
+    // SAFETY: every index is bounded by the shapes that the host checked, and no loop is unbounded.
+    unsafe { device.create_shader_module_trusted(wgpu::ShaderModuleDescriptor { label: Some(name), source }, checks) }
+}
+
+/// Host and shader must agree on parameters; the device must hold the workgroup.
+pub(crate) fn check(
+    name: &str,
+    reflection: &Reflection,
+    fields: &[(&'static str, usize)],
+    limits: &wgpu::Limits,
+) -> Result<()> {
+    let params: Vec<(&str, usize)> = reflection.params.iter().map(|(name, offset)| (name.as_str(), *offset)).collect();
+    if params != fields {
+        return Err(Error::Shader {
+            shader: format!("shaders/{name}.wgsl"),
+            message: format!("Params is {params:?} in the shader and {fields:?} on the host"),
+        });
+    }
+    let storage = reflection.bindings.iter().filter(|b| matches!(b.kind, BindingKind::Storage { .. })).count() as u64;
+    let needs = [
+        // The driver hangs on a dispatch that needs more, without any error (seen on an H100).
+        (
+            "workgroup memory",
+            reflection.workgroup_bytes,
+            "max_compute_workgroup_storage_size",
+            limits.max_compute_workgroup_storage_size,
+        ),
+        (
+            "invocations",
+            u64::from(reflection.invocations),
+            "max_compute_invocations_per_workgroup",
+            limits.max_compute_invocations_per_workgroup,
+        ),
+        (
+            "storage buffers",
+            storage,
+            "max_storage_buffers_per_shader_stage",
+            limits.max_storage_buffers_per_shader_stage,
+        ),
+    ];
+    for (what, needed, limit, available) in needs {
+        if needed > u64::from(available) {
+            let what = format!("shader {name}, counted in {what},");
+            return Err(Error::Limit { what, needed, limit, available: u64::from(available) });
+        }
+    }
+    Ok(())
+}

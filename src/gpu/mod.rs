@@ -1,0 +1,17 @@
+//! Everything that touches wgpu: adapters, capabilities, shader composition, pipelines and the executor.
+
+mod caps;
+mod context;
+mod executor;
+mod kernel;
+mod memory;
+mod profile;
+mod shader;
+
+pub use caps::{Caps, Tier};
+pub use context::{Gpu, NO_DRIVER_HINT, adapters, parse_backends};
+pub use executor::GpuExecutor;
+pub use kernel::Kernel;
+pub(crate) use kernel::{Params, grid, params};
+pub use profile::{Profile, ProfileRow};
+pub use shader::{SHADERS, compose};

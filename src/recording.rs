@@ -1,0 +1,343 @@
+//! A recording: named commands over tensors of static length, made once and replayed by an executor.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::cpu::{AnyReference, Reference};
+use crate::error::{Error, Result};
+use crate::gpu::{Caps, Kernel, Params};
+use crate::tensor::{Element, Role, Tensor, TensorInfo};
+
+/// How a command uses a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    /// Every element is written, none is read before that.
+    Write,
+    ReadWrite,
+}
+
+/// A tensor under the name that the shader's binding and the reference use for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Arg {
+    pub name: &'static str,
+    pub tensor: Tensor,
+    pub access: Access,
+}
+
+/// One dispatch of a kernel. It binds the command's arguments by name.
+#[derive(Clone, Debug)]
+pub(crate) struct Dispatch {
+    pub kernel: Kernel,
+    pub params: Vec<u8>,
+    pub fields: &'static [(&'static str, usize)],
+    pub workgroups: [u32; 3],
+    /// Floating-point operations, for the watchdog rule (design section 5).
+    pub work: u64,
+    /// The slice of the outermost axis that this dispatch sees, and that axis's length; `None` binds whole tensors.
+    pub slice: Option<(Range<u64>, u64)>,
+}
+
+/// One stage's work: its tensors, its dispatches for the GPU and its reference for the CPU.
+pub struct Command {
+    pub(crate) stage: &'static str,
+    pub(crate) args: Vec<Arg>,
+    pub(crate) dispatches: Vec<Dispatch>,
+    pub(crate) reference: Arc<dyn AnyReference>,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Command")
+            .field("stage", &self.stage)
+            .field("args", &self.args)
+            .field("dispatches", &self.dispatches)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Command {
+    /// A command of `stage`, computed on the CPU by `reference`.
+    pub(crate) fn new(stage: &'static str, reference: impl Reference) -> Self {
+        Self { stage, args: Vec::new(), dispatches: Vec::new(), reference: Arc::new(reference) }
+    }
+
+    /// The stage's name: that of its shader, its module, its test and its row in a profile.
+    pub fn stage(&self) -> &'static str {
+        self.stage
+    }
+
+    pub(crate) fn reads(mut self, name: &'static str, tensor: Tensor) -> Self {
+        self.args.push(Arg { name, tensor, access: Access::Read });
+        self
+    }
+
+    pub(crate) fn writes(mut self, name: &'static str, tensor: Tensor) -> Self {
+        self.args.push(Arg { name, tensor, access: Access::Write });
+        self
+    }
+
+    pub(crate) fn updates(mut self, name: &'static str, tensor: Tensor) -> Self {
+        self.args.push(Arg { name, tensor, access: Access::ReadWrite });
+        self
+    }
+
+    /// Adds a dispatch over whole tensors.
+    pub(crate) fn dispatch<P: Params>(mut self, kernel: Kernel, params: P, workgroups: [u32; 3], work: u64) -> Self {
+        self.dispatches.push(Dispatch {
+            kernel,
+            params: bytemuck::bytes_of(&params).to_vec(),
+            fields: P::FIELDS,
+            workgroups,
+            work,
+            slice: None,
+        });
+        self
+    }
+
+    /// Adds one dispatch where all bindings fit the device's largest binding, and otherwise one for each slice of the
+    /// batch, which is the outermost axis of every tensor of the command. `make(batch)` gives parameters, workgroups
+    /// and work for that many batch entries; the kernel counts them from 0.
+    pub(crate) fn dispatch_batched<P: Params>(
+        mut self,
+        caps: &Caps,
+        batch: usize,
+        kernel: Kernel,
+        make: impl Fn(usize) -> Result<(P, [u32; 3], u64)>,
+    ) -> Result<Self> {
+        let limit = caps.limits.max_storage_buffer_binding_size;
+        let batch = batch as u64;
+        let largest = self.args.iter().map(|arg| arg.tensor.bytes()).max().unwrap_or(0);
+        if largest <= limit {
+            let (params, workgroups, work) = make(batch as usize)?;
+            return Ok(self.dispatch(kernel, params, workgroups, work));
+        }
+        let alignment = u64::from(caps.limits.min_storage_buffer_offset_alignment);
+        let mut step = (limit / (largest / batch).max(1)).min(batch);
+        let aligned = |step: u64| {
+            self.args
+                .iter()
+                .all(|arg| (arg.tensor.len / batch * step * arg.tensor.element.bytes()).is_multiple_of(alignment))
+        };
+        while step > 0 && !aligned(step) {
+            step -= 1;
+        }
+        if step == 0 {
+            let arg = self.args.iter().max_by_key(|arg| arg.tensor.bytes());
+            return Err(Error::Limit {
+                what: format!("one batch entry of `{}` in stage {}", arg.map_or("", |arg| arg.name), self.stage),
+                needed: largest / batch,
+                limit: "max_storage_buffer_binding_size",
+                available: limit,
+            });
+        }
+        let mut start = 0;
+        while start < batch {
+            let end = (start + step).min(batch);
+            let (params, workgroups, work) = make((end - start) as usize)?;
+            self = self.dispatch(kernel.clone(), params, workgroups, work);
+            if let Some(dispatch) = self.dispatches.last_mut() {
+                dispatch.slice = Some((start..end, batch));
+            }
+            start = end;
+        }
+        Ok(self)
+    }
+}
+
+/// A flat list of commands over tensors with static shapes: record once, replay every step.
+///
+/// A recording is made for a device's [`Caps`], which decide kernels and tile sizes; the CPU runs any of them.
+#[derive(Debug)]
+pub struct Recording {
+    caps: Caps,
+    tensors: Vec<TensorInfo>,
+    commands: Vec<Command>,
+}
+
+impl Recording {
+    /// An empty recording for a device with these capabilities.
+    pub fn new(caps: &Caps) -> Self {
+        Self { caps: caps.clone(), tensors: Vec::new(), commands: Vec::new() }
+    }
+
+    /// The capabilities that kernels are chosen for.
+    pub fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    /// A tensor that keeps its contents between replays and that the host can read, write or bring.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for an empty tensor, [`Error::Limit`] for one that the device cannot hold.
+    pub fn external(&mut self, name: impl Into<String>, element: Element, shape: &[usize]) -> Result<Tensor> {
+        self.tensor(name.into(), element, shape, Role::External)
+    }
+
+    /// A tensor that lives from its first writer to its last reader. [`Error`]s as [`external`](Self::external).
+    pub fn scratch(&mut self, name: impl Into<String>, element: Element, shape: &[usize]) -> Result<Tensor> {
+        self.tensor(name.into(), element, shape, Role::Scratch)
+    }
+
+    fn tensor(&mut self, name: String, element: Element, shape: &[usize], role: Role) -> Result<Tensor> {
+        let len = shape.iter().try_fold(1u64, |len, &axis| len.checked_mul(axis as u64));
+        let len = len.filter(|&len| len <= u64::from(u32::MAX)).ok_or_else(|| Error::Limit {
+            what: format!("tensor `{name}` of shape {shape:?}, counted in elements,"),
+            needed: len.unwrap_or(u64::MAX),
+            limit: "index range of a shader",
+            available: u64::from(u32::MAX),
+        })?;
+        if len == 0 {
+            return Err(Error::parameter("shape", format!("{shape:?} (tensor `{name}`)"), "without a zero"));
+        }
+        let tensor = Tensor { id: self.tensors.len() as u32, element, len };
+        if tensor.bytes() > self.caps.limits.max_buffer_size {
+            return Err(Error::Limit {
+                what: format!("tensor `{name}` of shape {shape:?}"),
+                needed: tensor.bytes(),
+                limit: "max_buffer_size",
+                available: self.caps.limits.max_buffer_size,
+            });
+        }
+        self.tensors.push(TensorInfo { name, tensor, role });
+        Ok(tensor)
+    }
+
+    /// Makes a scratch tensor external, so that it can be read after a replay.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the handle is another recording's.
+    pub fn keep(&mut self, tensor: Tensor) -> Result<()> {
+        self.info(tensor)?;
+        if let Some(info) = self.tensors.get_mut(tensor.index()) {
+            info.role = Role::External;
+        }
+        Ok(())
+    }
+
+    /// What is known of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the handle is another recording's.
+    pub fn info(&self, tensor: Tensor) -> Result<&TensorInfo> {
+        self.tensors
+            .get(tensor.index())
+            .filter(|info| info.tensor == tensor)
+            .ok_or_else(|| Error::tensor(format!("#{}", tensor.id), "does not belong to this recording"))
+    }
+
+    /// Checks that a tensor is this recording's and has this type and length; `parameter` is its name for the error.
+    pub(crate) fn expect(&self, parameter: &str, tensor: Tensor, element: Element, shape: &[usize]) -> Result<()> {
+        let info = self.info(tensor)?;
+        let len: usize = shape.iter().product();
+        if tensor.element != element || tensor.len != len as u64 {
+            return Err(Error::tensor(
+                info.name.clone(),
+                format!(
+                    "as {parameter} it must hold {element} {shape:?} ({len} elements), but it holds {} {}",
+                    tensor.len, tensor.element
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Appends a command after checking its dispatches against the device's limits.
+    pub(crate) fn push(&mut self, command: Command) -> Result<()> {
+        for (i, arg) in command.args.iter().enumerate() {
+            self.info(arg.tensor)?;
+            let twice = command.args.iter().take(i).find(|other| {
+                other.tensor == arg.tensor && (other.access != Access::Read || arg.access != Access::Read)
+            });
+            if let Some(other) = twice {
+                let name = self.info(arg.tensor)?.name.clone();
+                let problem = format!("stage {} would use it as {} and as {}", command.stage, other.name, arg.name);
+                return Err(Error::tensor(name, problem));
+            }
+        }
+        let limit = self.caps.limits.max_compute_workgroups_per_dimension;
+        for dispatch in &command.dispatches {
+            if let Some(&count) = dispatch.workgroups.iter().find(|&&count| count > limit) {
+                return Err(Error::Limit {
+                    what: format!("stage {}, counted in workgroups,", command.stage),
+                    needed: u64::from(count),
+                    limit: "max_compute_workgroups_per_dimension",
+                    available: u64::from(limit),
+                });
+            }
+            if dispatch.slice.is_none() {
+                for arg in &command.args {
+                    if arg.tensor.bytes() > self.caps.limits.max_storage_buffer_binding_size {
+                        return Err(Error::Limit {
+                            what: format!("tensor `{}` in stage {}", self.info(arg.tensor)?.name, command.stage),
+                            needed: arg.tensor.bytes(),
+                            limit: "max_storage_buffer_binding_size",
+                            available: self.caps.limits.max_storage_buffer_binding_size,
+                        });
+                    }
+                }
+            }
+        }
+        self.commands.push(command);
+        Ok(())
+    }
+
+    /// The number of commands so far. Two such numbers bound a part of the recording that can be run by itself.
+    pub fn len(&self) -> usize {
+        self.commands.len()
+    }
+
+    /// True before the first command.
+    pub fn is_empty(&self) -> bool {
+        self.commands.is_empty()
+    }
+
+    /// The commands in order.
+    pub fn commands(&self) -> &[Command] {
+        &self.commands
+    }
+
+    /// The tensors in order of their making.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// The number of commands before the first one of `stage`.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] if the recording has no such stage; it lists those that it has.
+    pub fn position(&self, stage: &str) -> Result<usize> {
+        self.commands.iter().position(|command| command.stage == stage).ok_or_else(|| {
+            let mut known: Vec<&str> = self.commands.iter().map(|command| command.stage).collect();
+            known.sort_unstable();
+            known.dedup();
+            Error::Unknown { what: "stage", value: stage.into(), known: known.join(", ") }
+        })
+    }
+}
+
+/// What runs a recording: [`GpuExecutor`](crate::GpuExecutor) or [`CpuExecutor`](crate::CpuExecutor).
+pub trait Executor {
+    /// The recording that is run.
+    fn recording(&self) -> &Recording;
+
+    /// Sets a float tensor, rounding to its storage type. Errors: wrong length or an index tensor.
+    fn write(&mut self, tensor: Tensor, values: &[f32]) -> Result<()>;
+
+    /// Sets an index tensor. Errors: wrong length or a float tensor.
+    fn write_u32(&mut self, tensor: Tensor, values: &[u32]) -> Result<()>;
+
+    /// A float tensor's contents. Waits for what was submitted.
+    fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>>;
+
+    /// An index tensor's contents. Waits for what was submitted.
+    fn read_u32(&mut self, tensor: Tensor) -> Result<Vec<u32>>;
+
+    /// Runs the commands of `range`; a GPU executor submits them and returns.
+    fn run_range(&mut self, range: Range<usize>) -> Result<()>;
+
+    /// Runs the whole recording.
+    fn run(&mut self) -> Result<()> {
+        self.run_range(0..self.recording().len())
+    }
+}

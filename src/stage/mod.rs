@@ -1,0 +1,4 @@
+//! The stages of Lighthouse Attention, one module each: host code in `mod.rs`, the formula in `reference.rs`, the
+//! shader of the same name below `shaders/`.
+
+pub mod pool_score;
