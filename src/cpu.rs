@@ -57,14 +57,17 @@ enum Storage<T> {
 /// A command's arguments, by the names that its shader's bindings have.
 pub struct Args<'a, T> {
     args: &'a [Arg],
+    recording: &'a Recording,
     memory: &'a [RefCell<Storage<T>>],
 }
 
 impl<T: Real> Args<'_, T> {
-    fn cell(&self, name: &str) -> Result<&RefCell<Storage<T>>> {
-        let arg = self.args.iter().find(|arg| arg.name == name);
-        arg.and_then(|arg| self.memory.get(arg.tensor.index()))
-            .ok_or_else(|| Error::tensor(name, "is not an argument of this command"))
+    /// The memory that holds an argument, and the argument's part of it.
+    fn cell(&self, name: &str) -> Result<(&RefCell<Storage<T>>, Range<usize>)> {
+        let unknown = || Error::tensor(name, "is not an argument of this command");
+        let arg = self.args.iter().find(|arg| arg.name == name).ok_or_else(unknown)?;
+        let (owner, range) = place(self.recording, arg.tensor)?;
+        Ok((self.memory.get(owner).ok_or_else(unknown)?, range))
     }
 
     /// Whether the command has an argument of that name.
@@ -74,9 +77,10 @@ impl<T: Real> Args<'_, T> {
 
     /// A float argument.
     pub fn read(&self, name: &str) -> Result<Ref<'_, [T]>> {
-        let storage = self.cell(name)?.try_borrow().map_err(|e| Error::tensor(name, e.to_string()))?;
+        let (cell, range) = self.cell(name)?;
+        let storage = cell.try_borrow().map_err(|e| Error::tensor(name, e.to_string()))?;
         Ref::filter_map(storage, |storage| match storage {
-            Storage::Float(values) => Some(values.as_slice()),
+            Storage::Float(values) => values.get(range),
             Storage::Index(_) => None,
         })
         .map_err(|_| Error::tensor(name, "holds indices, not numbers"))
@@ -84,9 +88,10 @@ impl<T: Real> Args<'_, T> {
 
     /// A float argument, to be written.
     pub fn write(&self, name: &str) -> Result<RefMut<'_, [T]>> {
-        let storage = self.cell(name)?.try_borrow_mut().map_err(|e| Error::tensor(name, e.to_string()))?;
+        let (cell, range) = self.cell(name)?;
+        let storage = cell.try_borrow_mut().map_err(|e| Error::tensor(name, e.to_string()))?;
         RefMut::filter_map(storage, |storage| match storage {
-            Storage::Float(values) => Some(values.as_mut_slice()),
+            Storage::Float(values) => values.get_mut(range),
             Storage::Index(_) => None,
         })
         .map_err(|_| Error::tensor(name, "holds indices, not numbers"))
@@ -94,9 +99,10 @@ impl<T: Real> Args<'_, T> {
 
     /// An index argument.
     pub fn read_u32(&self, name: &str) -> Result<Ref<'_, [u32]>> {
-        let storage = self.cell(name)?.try_borrow().map_err(|e| Error::tensor(name, e.to_string()))?;
+        let (cell, range) = self.cell(name)?;
+        let storage = cell.try_borrow().map_err(|e| Error::tensor(name, e.to_string()))?;
         Ref::filter_map(storage, |storage| match storage {
-            Storage::Index(values) => Some(values.as_slice()),
+            Storage::Index(values) => values.get(range),
             Storage::Float(_) => None,
         })
         .map_err(|_| Error::tensor(name, "holds numbers, not indices"))
@@ -104,13 +110,21 @@ impl<T: Real> Args<'_, T> {
 
     /// An index argument, to be written.
     pub fn write_u32(&self, name: &str) -> Result<RefMut<'_, [u32]>> {
-        let storage = self.cell(name)?.try_borrow_mut().map_err(|e| Error::tensor(name, e.to_string()))?;
+        let (cell, range) = self.cell(name)?;
+        let storage = cell.try_borrow_mut().map_err(|e| Error::tensor(name, e.to_string()))?;
         RefMut::filter_map(storage, |storage| match storage {
-            Storage::Index(values) => Some(values.as_mut_slice()),
+            Storage::Index(values) => values.get_mut(range),
             Storage::Float(_) => None,
         })
         .map_err(|_| Error::tensor(name, "holds numbers, not indices"))
     }
+}
+
+/// The number of the tensor that holds a tensor's memory, and the part of it.
+fn place(recording: &Recording, tensor: Tensor) -> Result<(usize, Range<usize>)> {
+    let info = recording.info(tensor)?;
+    let start = info.view.map_or(0, |(_, start)| start as usize);
+    Ok((info.owner().index(), start..start + tensor.len as usize))
 }
 
 /// Runs a recording with the references, in f32 or f64.
@@ -130,7 +144,7 @@ impl<T: Real> CpuExecutor<T> {
             .tensors()
             .iter()
             .map(|info| {
-                let len = info.tensor.len as usize;
+                let len = if info.view.is_some() { 0 } else { info.tensor.len as usize };
                 RefCell::new(match info.tensor.element {
                     Element::F32 | Element::F16 => Storage::Float(vec![T::zero(); len]),
                     Element::U32 => Storage::Index(vec![0; len]),
@@ -140,32 +154,40 @@ impl<T: Real> CpuExecutor<T> {
         Self { recording, memory }
     }
 
-    fn storage(&mut self, tensor: Tensor, len: Option<usize>) -> Result<&mut Storage<T>> {
-        let name = &self.recording.info(tensor)?.name;
-        if let Some(len) = len.filter(|&len| len as u64 != tensor.len) {
-            return Err(Error::tensor(name.clone(), format!("holds {} elements, {len} were given", tensor.len)));
+    fn check_len(&self, tensor: Tensor, len: usize) -> Result<()> {
+        if len as u64 == tensor.len {
+            return Ok(());
         }
-        match self.memory.get_mut(tensor.index()) {
-            Some(cell) => Ok(cell.get_mut()),
-            None => Err(Error::tensor(name.clone(), "is not of this executor's recording")),
+        let name = self.recording.info(tensor)?.name.clone();
+        Err(Error::tensor(name, format!("holds {} elements, {len} were given", tensor.len)))
+    }
+
+    fn floats(&mut self, tensor: Tensor) -> Result<&mut [T]> {
+        let (owner, range) = place(&self.recording, tensor)?;
+        match self.memory.get_mut(owner).map(RefCell::get_mut) {
+            Some(Storage::Float(values)) => values.get_mut(range).ok_or_else(|| wrong_type(&self.recording, tensor)),
+            _ => Err(wrong_type(&self.recording, tensor)),
+        }
+    }
+
+    fn indices(&mut self, tensor: Tensor) -> Result<&mut [u32]> {
+        let (owner, range) = place(&self.recording, tensor)?;
+        match self.memory.get_mut(owner).map(RefCell::get_mut) {
+            Some(Storage::Index(values)) => values.get_mut(range).ok_or_else(|| wrong_type(&self.recording, tensor)),
+            _ => Err(wrong_type(&self.recording, tensor)),
         }
     }
 
     /// Sets a float tensor in this executor's own precision, without rounding.
     pub fn set(&mut self, tensor: Tensor, values: &[T]) -> Result<()> {
-        match self.storage(tensor, Some(values.len()))? {
-            Storage::Float(to) => to.copy_from_slice(values),
-            Storage::Index(_) => return Err(wrong_type(&self.recording, tensor)),
-        }
+        self.check_len(tensor, values.len())?;
+        self.floats(tensor)?.copy_from_slice(values);
         Ok(())
     }
 
     /// A float tensor in this executor's own precision.
     pub fn get(&mut self, tensor: Tensor) -> Result<Vec<T>> {
-        match self.storage(tensor, None)? {
-            Storage::Float(values) => Ok(values.clone()),
-            Storage::Index(_) => Err(wrong_type(&self.recording, tensor)),
-        }
+        Ok(self.floats(tensor)?.to_vec())
     }
 }
 
@@ -186,47 +208,33 @@ impl<T: Instance> Executor for CpuExecutor<T> {
     }
 
     fn write(&mut self, tensor: Tensor, values: &[f32]) -> Result<()> {
+        self.check_len(tensor, values.len())?;
         let round = tensor.element == Element::F16;
-        match self.storage(tensor, Some(values.len()))? {
-            Storage::Float(to) => {
-                for (to, &x) in to.iter_mut().zip(values) {
-                    let x = T::from_f32(x);
-                    *to = if round { round_f16(x) } else { x };
-                }
-                Ok(())
-            }
-            Storage::Index(_) => Err(wrong_type(&self.recording, tensor)),
+        for (to, &x) in self.floats(tensor)?.iter_mut().zip(values) {
+            let x = T::from_f32(x);
+            *to = if round { round_f16(x) } else { x };
         }
+        Ok(())
     }
 
     fn write_u32(&mut self, tensor: Tensor, values: &[u32]) -> Result<()> {
-        match self.storage(tensor, Some(values.len()))? {
-            Storage::Index(to) => {
-                to.copy_from_slice(values);
-                Ok(())
-            }
-            Storage::Float(_) => Err(wrong_type(&self.recording, tensor)),
-        }
+        self.check_len(tensor, values.len())?;
+        self.indices(tensor)?.copy_from_slice(values);
+        Ok(())
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>> {
-        match self.storage(tensor, None)? {
-            Storage::Float(values) => Ok(values.iter().map(|x| x.as_f32()).collect()),
-            Storage::Index(_) => Err(wrong_type(&self.recording, tensor)),
-        }
+        Ok(self.floats(tensor)?.iter().map(|x| x.as_f32()).collect())
     }
 
     fn read_u32(&mut self, tensor: Tensor) -> Result<Vec<u32>> {
-        match self.storage(tensor, None)? {
-            Storage::Index(values) => Ok(values.clone()),
-            Storage::Float(_) => Err(wrong_type(&self.recording, tensor)),
-        }
+        Ok(self.indices(tensor)?.to_vec())
     }
 
     fn run_range(&mut self, range: Range<usize>) -> Result<()> {
         let single = T::epsilon() > T::from_f64(1e-10);
         for command in self.recording.commands().get(range).unwrap_or_default() {
-            let args = Args { args: &command.args, memory: &self.memory };
+            let args = Args { args: &command.args, recording: &self.recording, memory: &self.memory };
             T::run(&*command.reference, &args)?;
             for arg in &command.args {
                 if single && arg.access != Access::Read && arg.tensor.element == Element::F16 {

@@ -199,7 +199,34 @@ impl Recording {
                 available: self.caps.limits.max_buffer_size,
             });
         }
-        self.tensors.push(TensorInfo { name, tensor, role });
+        self.tensors.push(TensorInfo { name, tensor, role, view: None });
+        Ok(tensor)
+    }
+
+    /// A part of an external tensor as a tensor of its own, from element `start` on: many parameters in one buffer, so
+    /// that the optimizer takes them in one dispatch.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a scratch parent, a view of a view, a part that reaches past the end, or a start that the
+    /// device cannot bind (a multiple of 256 bytes always can be).
+    pub fn view(&mut self, name: impl Into<String>, parent: Tensor, start: usize, shape: &[usize]) -> Result<Tensor> {
+        let info = self.info(parent)?.clone();
+        let error = |problem: String| Err(Error::tensor(info.name.clone(), problem));
+        let alignment = u64::from(self.caps.limits.min_storage_buffer_offset_alignment);
+        let (start, len) = (start as u64, shape.iter().product::<usize>() as u64);
+        if info.role != Role::External || info.view.is_some() {
+            return error("only an external tensor that is no view itself can have views".into());
+        }
+        if start + len > parent.len {
+            return error(format!("a view of {len} elements from {start} reaches past its {}", parent.len));
+        }
+        if !(start * parent.element.bytes()).is_multiple_of(alignment) {
+            return error(format!("a view from byte {} is not aligned to {alignment}", start * parent.element.bytes()));
+        }
+        let tensor = self.tensor(name.into(), parent.element, shape, Role::External)?;
+        if let Some(info) = self.tensors.last_mut() {
+            info.view = Some((parent, start));
+        }
         Ok(tensor)
     }
 
@@ -245,9 +272,10 @@ impl Recording {
     /// Appends a command after checking its dispatches against the device's limits.
     pub(crate) fn push(&mut self, command: Command) -> Result<()> {
         for (i, arg) in command.args.iter().enumerate() {
-            self.info(arg.tensor)?;
+            let owner = self.info(arg.tensor)?.owner();
             let twice = command.args.iter().take(i).find(|other| {
-                other.tensor == arg.tensor && (other.access != Access::Read || arg.access != Access::Read)
+                self.info(other.tensor).is_ok_and(|info| info.owner() == owner)
+                    && (other.access != Access::Read || arg.access != Access::Read)
             });
             if let Some(other) = twice {
                 let name = self.info(arg.tensor)?.name.clone();

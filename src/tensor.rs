@@ -102,4 +102,13 @@ pub struct TensorInfo {
     pub tensor: Tensor,
     /// Its lifetime.
     pub role: Role,
+    /// For a view: the external tensor whose memory it is, and the element of it that the view begins at.
+    pub view: Option<(Tensor, u64)>,
+}
+
+impl TensorInfo {
+    /// The tensor that holds the memory: the parent of a view, or the tensor itself.
+    pub fn owner(&self) -> Tensor {
+        self.view.map_or(self.tensor, |(parent, _)| parent)
+    }
 }

@@ -14,7 +14,7 @@ use crate::gpu::memory::MemoryPlan;
 use crate::gpu::profile::Profile;
 use crate::gpu::shader::BindingKind;
 use crate::recording::{Access, Command, Dispatch, Executor, Recording};
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Element, Role, Tensor};
 
 /// Work of one submission, in floating-point operations. Desktop drivers reset a device whose submission runs for about
 /// 2 s; a GPU of 1 TFLOP/s takes 0.5 s for this much.
@@ -94,7 +94,7 @@ impl GpuExecutor {
         &self.gpu
     }
 
-    /// A tensor's buffer.
+    /// A tensor's buffer; a view's is its parent's, and begins there at [`offset`](Self::offset).
     ///
     /// # Errors
     /// [`Error::Tensor`] for a tensor of another recording, or one that no command uses.
@@ -102,6 +102,14 @@ impl GpuExecutor {
         let info = self.recording.info(tensor)?;
         let buffer = self.buffers.get(tensor.index()).and_then(Option::as_ref);
         buffer.ok_or_else(|| Error::tensor(info.name.clone(), "is used by no command and has no buffer"))
+    }
+
+    /// The byte of its buffer that a tensor begins at: 0, except for views.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a tensor of another recording.
+    pub fn offset(&self, tensor: Tensor) -> Result<u64> {
+        offset(&self.recording, tensor)
     }
 
     /// Encodes commands into an encoder of the caller's, as one compute pass.
@@ -119,8 +127,10 @@ impl GpuExecutor {
         let at = self.recording.position(stage)?;
         cpu.run_range(0..at)?;
         let recording = self.recording.clone();
-        for info in recording.tensors() {
-            let written = |c: &Command| c.args.iter().any(|a| a.tensor == info.tensor && a.access != Access::Read);
+        let owner = |tensor| recording.info(tensor).ok().map(|info| info.owner());
+        for info in recording.tensors().iter().filter(|info| info.view.is_none()) {
+            let written =
+                |c: &Command| c.args.iter().any(|a| owner(a.tensor) == Some(info.tensor) && a.access != Access::Read);
             let before = recording.commands().get(..at).unwrap_or_default().iter().any(written);
             // Scratch memory may be shared: only what is alive at the hand-over is moved.
             let first = recording
@@ -130,7 +140,7 @@ impl GpuExecutor {
                 .iter()
                 .find_map(|c| c.args.iter().find(|a| a.tensor == info.tensor).map(|a| a.access));
             let alive = matches!(first, Some(Access::Read | Access::ReadWrite));
-            if before && (alive || info.role == crate::tensor::Role::External) {
+            if before && (alive || info.role == Role::External) {
                 match info.tensor.element {
                     Element::U32 => self.write_u32(info.tensor, &cpu.read_u32(info.tensor)?)?,
                     Element::F32 | Element::F16 => self.write(info.tensor, &cpu.read(info.tensor)?)?,
@@ -164,12 +174,12 @@ impl GpuExecutor {
             let name = self.recording.info(tensor)?.name.clone();
             return Err(Error::tensor(name, format!("holds {} elements, {len} were given", tensor.len)));
         }
-        self.gpu.queue().write_buffer(self.buffer(tensor)?, 0, bytes);
+        self.gpu.queue().write_buffer(self.buffer(tensor)?, self.offset(tensor)?, bytes);
         Ok(())
     }
 
-    /// Copies a buffer's first bytes back. Waits for the GPU.
-    pub(crate) fn download(&mut self, source: &wgpu::Buffer, bytes: u64) -> Result<Vec<u8>> {
+    /// Copies bytes of a buffer back. Waits for the GPU.
+    pub(crate) fn download(&mut self, source: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
         let device = self.gpu.device();
         let staging = match self.readback.take().filter(|staging| staging.size() >= bytes) {
             Some(staging) => staging,
@@ -181,7 +191,7 @@ impl GpuExecutor {
             }),
         };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("readback") });
-        encoder.copy_buffer_to_buffer(source, 0, &staging, 0, bytes);
+        encoder.copy_buffer_to_buffer(source, offset, &staging, 0, bytes);
         self.gpu.queue().submit([encoder.finish()]);
         let (send, receive) = mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, 0..bytes, move |result| {
@@ -194,6 +204,10 @@ impl GpuExecutor {
         self.readback = Some(staging);
         Ok(contents)
     }
+}
+
+fn offset(recording: &Recording, tensor: Tensor) -> Result<u64> {
+    Ok(recording.info(tensor)?.view.map_or(0, |(_, start)| start * tensor.element.bytes()))
 }
 
 /// One pass over the steps. Each dispatch is a usage scope of its own, so order is kept.
@@ -225,8 +239,8 @@ fn allocate(
     for (tensor, buffer) in brought {
         let info = recording.info(*tensor)?;
         let error = |problem: String| Error::Buffer { tensor: info.name.clone(), problem };
-        if info.role != crate::tensor::Role::External {
-            return Err(error("the tensor is scratch; only external tensors can be brought".into()));
+        if info.role != Role::External || info.view.is_some() {
+            return Err(error("only external tensors that are no views can be brought".into()));
         }
         if buffer.size() < tensor.bytes() {
             return Err(error(format!("holds {} bytes, the tensor needs {}", buffer.size(), tensor.bytes())));
@@ -314,11 +328,12 @@ fn bind(
                     let name = recording.info(arg.tensor).map_or("", |info| info.name.as_str());
                     Error::tensor(name, "has no buffer")
                 })?;
+                let base = offset(recording, arg.tensor)?;
                 let (offset, size) = match &dispatch.slice {
-                    None => (0, arg.tensor.bytes()),
+                    None => (base, arg.tensor.bytes()),
                     Some((range, axis)) => {
                         let stride = arg.tensor.len / axis * arg.tensor.element.bytes();
-                        (range.start * stride, ((range.end - range.start) * stride).next_multiple_of(4))
+                        (base + range.start * stride, ((range.end - range.start) * stride).next_multiple_of(4))
                     }
                 };
                 wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(size) }
@@ -362,7 +377,7 @@ impl Executor for GpuExecutor {
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>> {
-        let bytes = self.download(&self.buffer(tensor)?.clone(), tensor.bytes())?;
+        let bytes = self.download(&self.buffer(tensor)?.clone(), self.offset(tensor)?, tensor.bytes())?;
         match tensor.element {
             Element::F32 => Ok(bytemuck::pod_collect_to_vec(&bytes)),
             Element::F16 => {
@@ -377,7 +392,7 @@ impl Executor for GpuExecutor {
         if tensor.element != Element::U32 {
             return Err(Error::tensor(self.recording.info(tensor)?.name.clone(), "holds numbers"));
         }
-        let bytes = self.download(&self.buffer(tensor)?.clone(), tensor.bytes())?;
+        let bytes = self.download(&self.buffer(tensor)?.clone(), self.offset(tensor)?, tensor.bytes())?;
         Ok(bytemuck::pod_collect_to_vec(&bytes))
     }
 

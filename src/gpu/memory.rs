@@ -29,6 +29,11 @@ impl MemoryPlan {
         let mut scratch = Vec::new();
         for (index, info) in tensors.iter().enumerate() {
             match (info.role, lifetimes.get(index).copied().flatten()) {
+                (Role::External, _) if info.view.is_some() => {
+                    // A parent is made before its views.
+                    let buffer = plan.of_tensor.get(info.owner().index()).copied().flatten();
+                    plan.set(index, buffer.unwrap_or(0));
+                }
                 (Role::External, _) => {
                     plan.set(index, plan.buffers.len());
                     plan.buffers.push(info.tensor.bytes());

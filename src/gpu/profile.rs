@@ -73,7 +73,7 @@ impl Profile {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
         queue.submit([encoder.finish()]);
-        let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&executor.download(&resolved, u64::from(count) * 8)?);
+        let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&executor.download(&resolved, 0, u64::from(count) * 8)?);
         let period = f64::from(queue.get_timestamp_period());
         for (&command, ticks) in commands.iter().zip(ticks.chunks_exact(2)) {
             let Some(stage) = executor.recording().commands().get(command).map(|command| command.stage()) else {
