@@ -155,6 +155,9 @@ impl LighthouseConfig {
         };
         let entries_of_coarsest = padded_tokens / coarsest;
         let chunks = self.chunks();
+        if chunks > 65_535 {
+            return Err(Error::parameter("top_k", top_k, format!("at most 65535 chunks of {chunk}")));
+        }
         if levels > 1 && chunks > entries_of_coarsest {
             return Err(Error::parameter(
                 "top_k",

@@ -16,7 +16,17 @@ macro_rules! shaders {
     };
 }
 
-shaders!["lighthouse/pool_score", "shared/grid", "shared/pyramid",];
+shaders! {
+    "lighthouse/gather",
+    "lighthouse/gather_backward",
+    "lighthouse/pool_score",
+    "lighthouse/scatter",
+    "lighthouse/scatter_backward",
+    "lighthouse/select",
+    "shared/grid",
+    "shared/pyramid",
+    "shared/scan",
+}
 
 /// Composed WGSL with the origin of each line.
 #[derive(Clone, Debug)]

@@ -1,0 +1,128 @@
+//! Gather (spec section 6) and its backward (section 8): rows of q, k, v and of the pyramid into contiguous blocks, and
+//! their gradients back to the tokens.
+
+mod reference;
+
+use crate::config::{Pyramid, Shape};
+use crate::error::Result;
+use crate::gpu::{Caps, Kernel, grid, params};
+use crate::recording::{Command, Recording};
+use crate::stage::pool_score::pyramid_rows;
+use crate::tensor::{Element, Tensor};
+
+params!(GatherParams {
+    batch: u32,
+    tokens: u32,
+    padded_tokens: u32,
+    heads: u32,
+    kv_heads: u32,
+    entries: u32,
+    gathered: u32,
+});
+
+fn params_of(shape: &Shape, pyramid: &Pyramid, batch: usize) -> GatherParams {
+    GatherParams {
+        batch: batch as u32,
+        tokens: shape.tokens as u32,
+        padded_tokens: pyramid.padded_tokens as u32,
+        heads: shape.heads as u32,
+        kv_heads: shape.kv_heads as u32,
+        entries: pyramid.entries as u32,
+        gathered: pyramid.gathered as u32,
+    }
+}
+
+/// Three planes (q, k, v) of one invocation per four elements, for `elements` of the largest.
+fn planes(caps: &Caps, elements: usize) -> Result<[u32; 3]> {
+    let [x, y, _] = grid(caps, (elements / 4).div_ceil(256) as u64)?;
+    Ok([x, y, 3])
+}
+
+/// Records the gather of q `[B, N, H, D]`, k, v `[B, N, KV, D]` and the pyramid by `indices` `[B, H, S]`; gives
+/// q~, k~ and v~, each `[B, H, S, D]`.
+///
+/// # Errors
+/// Tensors of the wrong size, or a device that cannot hold them.
+pub fn record_forward(
+    recording: &mut Recording,
+    shape: &Shape,
+    pyramid: &Pyramid,
+    [q, k, v]: [Tensor; 3],
+    pooled: Tensor,
+    indices: Tensor,
+) -> Result<[Tensor; 3]> {
+    let Shape { batch, heads, head_dim, element, .. } = *shape;
+    recording.expect("q", q, element, &shape.q())?;
+    recording.expect("k", k, element, &shape.kv())?;
+    recording.expect("v", v, element, &shape.kv())?;
+    recording.expect("pyramid", pooled, element, &[batch, pyramid_rows(shape, pyramid), head_dim])?;
+    recording.expect("indices", indices, Element::U32, &[batch, heads, pyramid.gathered])?;
+    let gathered = [batch, heads, pyramid.gathered, head_dim];
+    let out = [
+        recording.scratch("gathered_q", element, &gathered)?,
+        recording.scratch("gathered_k", element, &gathered)?,
+        recording.scratch("gathered_v", element, &gathered)?,
+    ];
+    let caps = recording.caps().clone();
+    let kernel = Kernel::new(&caps, "lighthouse/gather").element("elem", element).constant("HEAD_DIM", head_dim);
+    let command = Command::new("gather", reference::Gather { shape: *shape, pyramid: pyramid.clone() })
+        .reads("q", q)
+        .reads("k", k)
+        .reads("v", v)
+        .reads("pyramid", pooled)
+        .reads("indices", indices)
+        .writes("gathered_q", out[0])
+        .writes("gathered_k", out[1])
+        .writes("gathered_v", out[2])
+        .dispatch_batched(&caps, batch, kernel, |batch| {
+            let elements = batch * heads * pyramid.gathered * head_dim;
+            Ok((params_of(shape, pyramid, batch), planes(&caps, elements)?, 3 * elements as u64))
+        })?;
+    recording.push(command)?;
+    Ok(out)
+}
+
+/// Records the way back: dq~, dk~, dv~ `[B, H, S, D]` by `positions` `[B, H, P]` into `out`, which are dq
+/// `[B, N, H, D]`, dk and dv `[B, N, KV, D]`.
+///
+/// # Errors
+/// Tensors of the wrong size.
+pub fn record_backward(
+    recording: &mut Recording,
+    shape: &Shape,
+    pyramid: &Pyramid,
+    [dq, dk, dv]: [Tensor; 3],
+    positions: Tensor,
+    out: [Tensor; 3],
+) -> Result<()> {
+    let Shape { batch, tokens, heads, head_dim, element, .. } = *shape;
+    let gathered = [batch, heads, pyramid.gathered, head_dim];
+    recording.expect("gathered_dq", dq, element, &gathered)?;
+    recording.expect("gathered_dk", dk, element, &gathered)?;
+    recording.expect("gathered_dv", dv, element, &gathered)?;
+    recording.expect("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
+    recording.expect("dq", out[0], element, &shape.q())?;
+    recording.expect("dk", out[1], element, &shape.kv())?;
+    recording.expect("dv", out[2], element, &shape.kv())?;
+    let caps = recording.caps().clone();
+    let kernel = Kernel::new(&caps, "lighthouse/gather_backward")
+        .element("elem", element)
+        .constant("HEAD_DIM", head_dim)
+        .constant("LEVELS", pyramid.levels.len())
+        .constant("POOLING", pyramid.config.pooling);
+    let command =
+        Command::new("gather_backward", reference::GatherBackward { shape: *shape, pyramid: pyramid.clone() })
+            .reads("gathered_dq", dq)
+            .reads("gathered_dk", dk)
+            .reads("gathered_dv", dv)
+            .reads("positions", positions)
+            .writes("dq", out[0])
+            .writes("dk", out[1])
+            .writes("dv", out[2])
+            .dispatch_batched(&caps, batch, kernel, |batch| {
+                let elements = batch * tokens * heads * head_dim;
+                let work = (3 * elements * pyramid.levels.len()) as u64;
+                Ok((params_of(shape, pyramid, batch), planes(&caps, elements)?, work))
+            })?;
+    recording.push(command)
+}

@@ -1,0 +1,98 @@
+//! Scatter (spec section 7) and its backward (section 8): the sub-sequence's rows back to the tokens that they speak for.
+
+mod reference;
+
+pub(crate) use reference::token_or_entry;
+
+use crate::config::{Pyramid, Shape};
+use crate::error::Result;
+use crate::gpu::{Kernel, grid, params};
+use crate::recording::{Command, Recording};
+use crate::tensor::{Element, Tensor};
+
+params!(ScatterParams { batch: u32, tokens: u32, padded_tokens: u32, heads: u32, entries: u32, gathered: u32 });
+params!(ScatterBackwardParams { batch: u32, tokens: u32, padded_tokens: u32, heads: u32, gathered: u32 });
+
+/// Records the scatter of o~ `[B, H, S, D]` by `positions` `[B, H, P]` into `o` `[B, N, H, D]`.
+///
+/// # Errors
+/// Tensors of the wrong size.
+pub fn record_forward(
+    recording: &mut Recording,
+    shape: &Shape,
+    pyramid: &Pyramid,
+    gathered_o: Tensor,
+    positions: Tensor,
+    o: Tensor,
+) -> Result<()> {
+    let Shape { batch, tokens, heads, head_dim, element, .. } = *shape;
+    recording.expect("gathered_o", gathered_o, element, &[batch, heads, pyramid.gathered, head_dim])?;
+    recording.expect("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
+    recording.expect("o", o, element, &shape.q())?;
+    let caps = recording.caps().clone();
+    let kernel = Kernel::new(&caps, "lighthouse/scatter")
+        .element("elem", element)
+        .constant("HEAD_DIM", head_dim)
+        .constant("LEVELS", pyramid.levels.len())
+        .constant("POOLING", pyramid.config.pooling);
+    let command = Command::new("scatter", reference::Scatter { shape: *shape, pyramid: pyramid.clone() })
+        .reads("gathered_o", gathered_o)
+        .reads("positions", positions)
+        .writes("o", o)
+        .dispatch_batched(&caps, batch, kernel, |batch| {
+            let params = ScatterParams {
+                batch: batch as u32,
+                tokens: tokens as u32,
+                padded_tokens: pyramid.padded_tokens as u32,
+                heads: heads as u32,
+                entries: pyramid.entries as u32,
+                gathered: pyramid.gathered as u32,
+            };
+            let elements = batch * tokens * heads * head_dim;
+            let workgroups = grid(&caps, (elements / 4).div_ceil(256) as u64)?;
+            Ok((params, workgroups, (elements * pyramid.levels.len()) as u64))
+        })?;
+    recording.push(command)
+}
+
+/// Records the way back: d_o `[B, N, H, D]` by `indices` `[B, H, S]`; gives d_o~ `[B, H, S, D]`.
+///
+/// # Errors
+/// Tensors of the wrong size, or a device that cannot hold them.
+pub fn record_backward(
+    recording: &mut Recording,
+    shape: &Shape,
+    pyramid: &Pyramid,
+    d_o: Tensor,
+    indices: Tensor,
+) -> Result<Tensor> {
+    let Shape { batch, tokens, heads, head_dim, element, .. } = *shape;
+    recording.expect("d_o", d_o, element, &shape.q())?;
+    recording.expect("indices", indices, Element::U32, &[batch, heads, pyramid.gathered])?;
+    let out = recording.scratch("gathered_d_o", element, &[batch, heads, pyramid.gathered, head_dim])?;
+    let caps = recording.caps().clone();
+    let kernel = Kernel::new(&caps, "lighthouse/scatter_backward")
+        .element("elem", element)
+        .constant("HEAD_DIM", head_dim)
+        .constant("LEVELS", pyramid.levels.len())
+        .constant("POOLING", pyramid.config.pooling);
+    let command =
+        Command::new("scatter_backward", reference::ScatterBackward { shape: *shape, pyramid: pyramid.clone() })
+            .reads("d_o", d_o)
+            .reads("indices", indices)
+            .writes("gathered_d_o", out)
+            .dispatch_batched(&caps, batch, kernel, |batch| {
+                let params = ScatterBackwardParams {
+                    batch: batch as u32,
+                    tokens: tokens as u32,
+                    padded_tokens: pyramid.padded_tokens as u32,
+                    heads: heads as u32,
+                    gathered: pyramid.gathered as u32,
+                };
+                let elements = batch * heads * pyramid.gathered * head_dim;
+                let workgroups = grid(&caps, (elements / 4).div_ceil(256) as u64)?;
+                Ok((params, workgroups, (batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
+            })?;
+    recording.push(command)?;
+    Ok(out)
+}
