@@ -29,5 +29,5 @@ pub use error::{Error, Result};
 pub use gpu::{Caps, Gpu, GpuExecutor, Tier};
 //pub use layer::{DenseAttention, LighthouseAttention};
 pub use real::Real;
-pub use recording::{Command, Executor, Recording};
+pub use recording::{Command, Executor, Recording, executor};
 pub use tensor::{Element, Role, Tensor, TensorInfo};

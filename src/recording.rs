@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::cpu::{AnyReference, Reference};
+use crate::cpu::{AnyReference, CpuExecutor, Reference};
 use crate::error::{Error, Result};
-use crate::gpu::{Caps, Kernel, Params};
+use crate::gpu::{Caps, Gpu, GpuExecutor, Kernel, Params};
 use crate::tensor::{Element, Role, Tensor, TensorInfo};
 
 /// How a command uses a tensor.
@@ -368,4 +368,15 @@ pub trait Executor {
     fn run(&mut self) -> Result<()> {
         self.run_range(0..self.recording().len())
     }
+}
+
+/// An executor on the GPU, or on the CPU where there is none.
+///
+/// # Errors
+/// As [`GpuExecutor::new`](crate::GpuExecutor::new).
+pub fn executor(gpu: Option<&Gpu>, recording: Arc<Recording>) -> Result<Box<dyn Executor>> {
+    Ok(match gpu {
+        Some(gpu) => Box::new(GpuExecutor::new(gpu, recording, &[])?),
+        None => Box::new(CpuExecutor::<f32>::new(recording)),
+    })
 }

@@ -8,8 +8,8 @@ use crate::gpu::caps::{Caps, Tier};
 use crate::gpu::kernel::{Kernel, Pipeline};
 
 /// What to tell a person whose machine shows no adapter.
-pub const NO_DRIVER_HINT: &str = "install a Vulkan driver (Debian, Ubuntu: apt install mesa-vulkan-drivers; NVIDIA: the \
-                                  driver package and libvulkan1) or, with none, run on the CPU";
+pub const NO_DRIVER_HINT: &str = "install a Vulkan driver (Debian, Ubuntu: apt install mesa-vulkan-drivers libvulkan1; \
+                                  NVIDIA: the vendor's driver and libvulkan1)";
 
 /// Reads a backend's name: `all`, `vulkan`, `metal`, `dx12` or `gl`.
 ///
@@ -79,6 +79,26 @@ impl Gpu {
         match std::env::var("LIGHTHOUSE_TIER") {
             Ok(tier) => gpu.with_tier(tier.parse()?),
             Err(_) => Ok(gpu),
+        }
+    }
+
+    /// Opens what a person names: `all`, `vulkan`, `metal`, `dx12` or `gl` as [`new`](Self::new), or `cpu` for `None`.
+    /// With `all`, a machine without any adapter also gives `None`, after a line on the standard error that says so and
+    /// how to get a driver: that is a normal case, and the CPU executor runs every recording.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Unknown`] for another word.
+    pub fn open(backend: &str) -> Result<Option<Self>> {
+        if backend == "cpu" {
+            return Ok(None);
+        }
+        match Self::new(parse_backends(backend)?) {
+            Ok(gpu) => Ok(Some(gpu)),
+            Err(Error::NoAdapter { .. }) if backend == "all" => {
+                eprintln!("no GPU adapter found: running on the CPU. For a GPU, {NO_DRIVER_HINT}.");
+                Ok(None)
+            }
+            Err(error) => Err(error),
         }
     }
 

@@ -1,0 +1,9 @@
+//! Training on text: data, schedule, and the trainer that replays a model's recorded step.
+
+mod data;
+mod schedule;
+mod trainer;
+
+pub use data::{Corpus, crate_sources};
+pub use schedule::Schedule;
+pub use trainer::{Trainer, TrainerConfig};
