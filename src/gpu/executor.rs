@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::gpu::context::Gpu;
 use crate::gpu::kernel::Pipeline;
 use crate::gpu::memory::MemoryPlan;
-use crate::gpu::profile::Profile;
+use crate::gpu::profile::{self, Profile};
 use crate::gpu::shader::BindingKind;
 use crate::recording::{Access, Command, Dispatch, Executor, Recording};
 use crate::tensor::{Element, Role, Tensor};
@@ -158,14 +158,23 @@ impl GpuExecutor {
         Profile::measure(self, range)
     }
 
-    /// Encodes one command's steps as a pass of its own.
+    /// Milliseconds of `range` as one pass between two timestamps: what a replay takes on the GPU, the gaps between its
+    /// dispatches included. The pass is one submission: for work within the driver's watchdog.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the adapter has no timestamp queries.
+    pub fn time(&mut self, range: Range<usize>) -> Result<f64> {
+        profile::time(self, range)
+    }
+
+    /// Encodes a span of commands as a pass of its own.
     pub(crate) fn encode_timed(
         &self,
         encoder: &mut wgpu::CommandEncoder,
-        command: usize,
+        span: Range<usize>,
         timestamps: wgpu::ComputePassTimestampWrites<'_>,
     ) {
-        let steps: Vec<&Step> = self.steps.get(command).into_iter().flatten().collect();
+        let steps: Vec<&Step> = self.steps.get(span).unwrap_or_default().iter().flatten().collect();
         encode_pass(encoder, &steps, Some(timestamps));
     }
 

@@ -29,9 +29,7 @@ const QUERIES: usize = 4096;
 
 impl Profile {
     pub(crate) fn measure(executor: &mut GpuExecutor, range: Range<usize>) -> Result<Self> {
-        if !executor.gpu().caps().timestamps {
-            return Err(Error::Gpu(format!("{} has no timestamp queries", executor.gpu().name())));
-        }
+        require_timestamps(executor)?;
         let mut profile = Self::default();
         let commands: Vec<usize> = range.collect();
         for commands in commands.chunks(QUERIES / 2) {
@@ -41,47 +39,11 @@ impl Profile {
     }
 
     fn measure_some(&mut self, executor: &mut GpuExecutor, commands: &[usize]) -> Result<()> {
-        let device = executor.gpu().device().clone();
-        let queue = executor.gpu().queue().clone();
-        let count = 2 * commands.len() as u32;
-        let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
-            label: Some("profile"),
-            ty: wgpu::QueryType::Timestamp,
-            count,
-        });
-        let resolved = device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("profile"),
-            size: u64::from(count) * 8,
-            usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
-            mapped_at_creation: false,
-        });
-        for (i, &command) in commands.iter().enumerate() {
-            // One submission per command, so that a long command cannot add to another's watchdog time.
-            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            let begin = 2 * i as u32;
-            executor.encode_timed(
-                &mut encoder,
-                command,
-                wgpu::ComputePassTimestampWrites {
-                    query_set: &queries,
-                    beginning_of_pass_write_index: Some(begin),
-                    end_of_pass_write_index: Some(begin + 1),
-                },
-            );
-            queue.submit([encoder.finish()]);
-        }
-        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
-        queue.submit([encoder.finish()]);
-        let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&executor.download(&resolved, 0, u64::from(count) * 8)?);
-        let period = f64::from(queue.get_timestamp_period());
-        for (&command, ticks) in commands.iter().zip(ticks.chunks_exact(2)) {
+        let spans: Vec<Range<usize>> = commands.iter().map(|&command| command..command + 1).collect();
+        let times = timed_passes(executor, &spans)?;
+        for (&command, milliseconds) in commands.iter().zip(times) {
             let Some(stage) = executor.recording().commands().get(command).map(|command| command.stage()) else {
                 continue;
-            };
-            let milliseconds = match ticks {
-                [begin, end] => end.saturating_sub(*begin) as f64 * period * 1e-6,
-                _ => 0.0,
             };
             match self.rows.iter_mut().find(|row| row.stage == stage) {
                 Some(row) => {
@@ -98,6 +60,66 @@ impl Profile {
     pub fn milliseconds(&self) -> f64 {
         self.rows.iter().map(|row| row.milliseconds).sum()
     }
+}
+
+/// Milliseconds of `range` as one pass between two timestamps: what a replay takes on the GPU, the gaps between its
+/// dispatches included.
+///
+/// # Errors
+/// [`Error::Gpu`] if the adapter has no timestamp queries.
+pub(crate) fn time(executor: &mut GpuExecutor, range: Range<usize>) -> Result<f64> {
+    require_timestamps(executor)?;
+    Ok(timed_passes(executor, &[range])?.into_iter().sum())
+}
+
+fn require_timestamps(executor: &GpuExecutor) -> Result<()> {
+    if executor.gpu().caps().timestamps {
+        return Ok(());
+    }
+    Err(Error::Gpu(format!("{} has no timestamp queries", executor.gpu().name())))
+}
+
+/// Runs each span of commands as a pass of its own and gives the milliseconds of each.
+fn timed_passes(executor: &mut GpuExecutor, spans: &[Range<usize>]) -> Result<Vec<f64>> {
+    let device = executor.gpu().device().clone();
+    let queue = executor.gpu().queue().clone();
+    let count = 2 * spans.len() as u32;
+    let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
+        label: Some("profile"),
+        ty: wgpu::QueryType::Timestamp,
+        count,
+    });
+    let resolved = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("profile"),
+        size: u64::from(count) * 8,
+        usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
+        mapped_at_creation: false,
+    });
+    for (i, span) in spans.iter().enumerate() {
+        // One submission per span, so that a long one cannot add to another's watchdog time.
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let begin = 2 * i as u32;
+        executor.encode_timed(
+            &mut encoder,
+            span.clone(),
+            wgpu::ComputePassTimestampWrites {
+                query_set: &queries,
+                beginning_of_pass_write_index: Some(begin),
+                end_of_pass_write_index: Some(begin + 1),
+            },
+        );
+        queue.submit([encoder.finish()]);
+    }
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
+    queue.submit([encoder.finish()]);
+    let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&executor.download(&resolved, 0, u64::from(count) * 8)?);
+    let period = f64::from(queue.get_timestamp_period());
+    let milliseconds = |ticks: &[u64]| match ticks {
+        [begin, end] => end.saturating_sub(*begin) as f64 * period * 1e-6,
+        _ => 0.0,
+    };
+    Ok(ticks.chunks_exact(2).map(milliseconds).collect())
 }
 
 impl std::fmt::Display for Profile {

@@ -4,6 +4,7 @@ mod data;
 mod schedule;
 mod trainer;
 
+pub(crate) use data::splitmix64;
 pub use data::{Corpus, crate_sources};
 pub use schedule::Schedule;
 pub use trainer::{Trainer, TrainerConfig};
