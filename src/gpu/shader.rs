@@ -16,7 +16,16 @@ macro_rules! shaders {
     };
 }
 
-shaders!["lighthouse/pool_score", "shared/grid", "shared/pyramid",];
+shaders![
+    "attention/flash_backward_delta",
+    "attention/flash_backward_dkdv",
+    "attention/flash_backward_dq",
+    "attention/flash_forward",
+    "lighthouse/pool_score",
+    "shared/grid",
+    "shared/pyramid",
+    "shared/tile",
+];
 
 /// Composed WGSL with the origin of each line.
 #[derive(Clone, Debug)]

@@ -1,4 +1,5 @@
 //! The stages of Lighthouse Attention, one module each: host code in `mod.rs`, the formula in `reference.rs`, the
 //! shader of the same name below `shaders/`.
 
+pub mod flash;
 pub mod pool_score;
