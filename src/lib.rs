@@ -11,7 +11,7 @@ mod config;
 mod cpu;
 mod error;
 pub mod gpu;
-//pub mod layer;
+pub mod layer;
 //cfg
 //pub mod model;
 //cfg
@@ -27,7 +27,7 @@ pub use config::{LighthouseConfig, Shape};
 pub use cpu::{Args, CpuExecutor, Reference};
 pub use error::{Error, Result};
 pub use gpu::{Caps, Gpu, GpuExecutor, Tier};
-//pub use layer::{DenseAttention, LighthouseAttention};
+pub use layer::{DenseAttention, LighthouseAttention};
 pub use real::Real;
 pub use recording::{Command, Executor, Recording, executor};
 pub use tensor::{Element, Role, Tensor, TensorInfo};

@@ -99,18 +99,32 @@ impl Command {
     /// batch, which is the outermost axis of every tensor of the command. `make(batch)` gives parameters, workgroups
     /// and work for that many batch entries; the kernel counts them from 0.
     pub(crate) fn dispatch_batched<P: Params>(
-        mut self,
+        self,
         caps: &Caps,
         batch: usize,
         kernel: Kernel,
         make: impl Fn(usize) -> Result<(P, [u32; 3], u64)>,
     ) -> Result<Self> {
+        self.dispatch_parts(caps, batch, kernel, |batch| Ok(vec![make(batch)?]))
+    }
+
+    /// As [`dispatch_batched`](Self::dispatch_batched), where the work on a slice may itself be cut into several
+    /// dispatches (design section 5).
+    pub(crate) fn dispatch_parts<P: Params>(
+        mut self,
+        caps: &Caps,
+        batch: usize,
+        kernel: Kernel,
+        make: impl Fn(usize) -> Result<Vec<(P, [u32; 3], u64)>>,
+    ) -> Result<Self> {
         let limit = caps.limits.max_storage_buffer_binding_size;
         let batch = batch as u64;
         let largest = self.args.iter().map(|arg| arg.tensor.bytes()).max().unwrap_or(0);
         if largest <= limit {
-            let (params, workgroups, work) = make(batch as usize)?;
-            return Ok(self.dispatch(kernel, params, workgroups, work));
+            for (params, workgroups, work) in make(batch as usize)? {
+                self = self.dispatch(kernel.clone(), params, workgroups, work);
+            }
+            return Ok(self);
         }
         let alignment = u64::from(caps.limits.min_storage_buffer_offset_alignment);
         let mut step = (limit / (largest / batch).max(1)).min(batch);
@@ -134,10 +148,11 @@ impl Command {
         let mut start = 0;
         while start < batch {
             let end = (start + step).min(batch);
-            let (params, workgroups, work) = make((end - start) as usize)?;
-            self = self.dispatch(kernel.clone(), params, workgroups, work);
-            if let Some(dispatch) = self.dispatches.last_mut() {
-                dispatch.slice = Some((start..end, batch));
+            for (params, workgroups, work) in make((end - start) as usize)? {
+                self = self.dispatch(kernel.clone(), params, workgroups, work);
+                if let Some(dispatch) = self.dispatches.last_mut() {
+                    dispatch.slice = Some((start..end, batch));
+                }
             }
             start = end;
         }

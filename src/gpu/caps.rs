@@ -53,13 +53,25 @@ pub struct Caps {
     pub timestamps: bool,
     /// The kernels to use.
     pub tier: Tier,
+    /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
+    /// 2 s, so longer ones are cut.
+    pub work_per_dispatch: u64,
 }
+
+/// A GPU of 1 TFLOP/s takes 0.25 s for this much.
+const WORK_PER_DISPATCH: u64 = 1 << 38;
 
 impl Default for Caps {
     /// WebGPU's default limits: what every adapter has, and what a recording for the CPU is planned with, except that
     /// there buffers may be as large as memory.
     fn default() -> Self {
-        Self { limits: wgpu::Limits::default(), shader_f16: false, timestamps: false, tier: Tier::SimtF32 }
+        Self {
+            limits: wgpu::Limits::default(),
+            shader_f16: false,
+            timestamps: false,
+            tier: Tier::SimtF32,
+            work_per_dispatch: WORK_PER_DISPATCH,
+        }
     }
 }
 
@@ -84,6 +96,7 @@ impl Caps {
             shader_f16,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             tier: if shader_f16 { Tier::SimtF16 } else { Tier::SimtF32 },
+            work_per_dispatch: WORK_PER_DISPATCH,
         }
     }
 

@@ -17,6 +17,10 @@ macro_rules! shaders {
 }
 
 shaders! {
+    "attention/flash_backward_delta",
+    "attention/flash_backward_dkdv",
+    "attention/flash_backward_dq",
+    "attention/flash_forward",
     "lighthouse/gather",
     "lighthouse/gather_backward",
     "lighthouse/pool_score",
@@ -26,6 +30,7 @@ shaders! {
     "shared/grid",
     "shared/pyramid",
     "shared/scan",
+    "shared/tile",
 }
 
 /// Composed WGSL with the origin of each line.

@@ -2,7 +2,7 @@ use crate::config::Shape;
 use crate::error::Result;
 use crate::layer::{Forward, Gradients};
 use crate::recording::Recording;
-use crate::stage::flash::{self, FlashShape, Layout};
+use crate::stage::flash::{self, FlashShape};
 use crate::tensor::Tensor;
 
 /// Exact causal attention over all tokens, from the caller's layout, with GQA and MQA: the dense layers and the dense
@@ -28,8 +28,7 @@ impl DenseAttention {
     }
 
     fn flash(&self) -> FlashShape {
-        let Shape { batch, tokens, heads, kv_heads, head_dim, element } = self.shape;
-        FlashShape { batch, tokens, heads, kv_heads, head_dim, element, layout: Layout::TokensHeads }
+        FlashShape::dense(&self.shape)
     }
 
     /// Records o = softmax(q k^T / sqrt(D), causal) v for q `[B, N, H, D]` and k, v `[B, N, KV, D]`.

@@ -2,7 +2,7 @@ use crate::config::{LighthouseConfig, Pyramid, Shape};
 use crate::error::Result;
 use crate::layer::{DenseAttention, Forward, Gradients};
 use crate::recording::Recording;
-use crate::stage::flash::{self, FlashShape, Layout};
+use crate::stage::flash::{self, FlashShape};
 use crate::stage::{gather, pool_score, scatter, select};
 use crate::tensor::Tensor;
 
@@ -39,16 +39,7 @@ impl LighthouseAttention {
 
     /// The sub-sequence's attention: every query head has a selection of its own, so there is no sharing of kv heads.
     fn flash(&self) -> FlashShape {
-        let Shape { batch, heads, head_dim, element, .. } = self.shape;
-        FlashShape {
-            batch,
-            tokens: self.pyramid.gathered,
-            heads,
-            kv_heads: heads,
-            head_dim,
-            element,
-            layout: Layout::HeadsTokens,
-        }
+        FlashShape::gathered(&self.shape, self.pyramid.gathered)
     }
 
     /// Records the layer for q `[B, N, H, D]` and k, v `[B, N, KV, D]`, scored by their norms.

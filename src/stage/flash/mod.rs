@@ -1,0 +1,322 @@
+//! Flash: exact causal attention, tile by tile with an online softmax, forward and backward (spec sections 6 and 8).
+//!
+//! It serves the sub-sequence that Lighthouse Attention gathers and, as the dense layer, the caller's own tensors.
+
+mod plan;
+mod reference;
+
+use crate::config::Shape;
+use crate::error::Result;
+use crate::gpu::{Caps, Kernel, grid, params};
+use crate::real::Real;
+use crate::recording::{Command, Recording};
+use crate::tensor::{Element, Tensor};
+pub use plan::{Tile, TilePlan, plan};
+
+params!(TileParams {
+    tokens: u32,
+    heads: u32,
+    kv_heads: u32,
+    token_stride: u32,
+    head_stride: u32,
+    kv_token_stride: u32,
+    kv_head_stride: u32,
+    scale: f32,
+    first_unit: u32,
+    units: u32,
+});
+
+params!(DeltaParams { tokens: u32, heads: u32, token_stride: u32, head_stride: u32, rows: u32 });
+
+/// The order of the axes of q, k, v, o and their gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// `[B, N, H, D]`, as callers have it.
+    TokensHeads,
+    /// `[B, H, S, D]`, as the gather stage makes it.
+    HeadsTokens,
+}
+
+/// An attention problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlashShape {
+    /// B, independent sequences.
+    pub batch: usize,
+    /// S (N for the dense layer), tokens or entries of each.
+    pub tokens: usize,
+    /// H, query heads.
+    pub heads: usize,
+    /// KV, key and value heads; query head h reads kv head `h / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// D, a multiple of 8 from 8 to 256.
+    pub head_dim: usize,
+    /// Storage type of q, k, v, o and their gradients.
+    pub element: Element,
+    /// Order of their axes.
+    pub layout: Layout,
+}
+
+impl FlashShape {
+    /// Dense attention over a layer's own tensors.
+    pub fn dense(shape: &Shape) -> Self {
+        let Shape { batch, tokens, heads, kv_heads, head_dim, element } = *shape;
+        Self { batch, tokens, heads, kv_heads, head_dim, element, layout: Layout::TokensHeads }
+    }
+
+    /// Attention over a layer's gathered sub-sequences of `gathered` entries, one for each query head.
+    pub fn gathered(shape: &Shape, gathered: usize) -> Self {
+        let Shape { batch, heads, head_dim, element, .. } = *shape;
+        Self { batch, tokens: gathered, heads, kv_heads: heads, head_dim, element, layout: Layout::HeadsTokens }
+    }
+
+    /// Checks spec section 9.
+    ///
+    /// # Errors
+    /// As [`Shape::check`].
+    pub fn check(&self) -> Result<()> {
+        let Self { batch, tokens, heads, kv_heads, head_dim, element, .. } = *self;
+        Shape { batch, tokens, heads, kv_heads, head_dim, element }.check()
+    }
+
+    /// Shape of q and o.
+    pub fn q(&self) -> [usize; 4] {
+        self.axes(self.heads)
+    }
+
+    /// Shape of k and v.
+    pub fn kv(&self) -> [usize; 4] {
+        self.axes(self.kv_heads)
+    }
+
+    /// Shape of the log-sum-exp.
+    pub fn lse(&self) -> [usize; 3] {
+        [self.batch, self.heads, self.tokens]
+    }
+
+    fn axes(&self, heads: usize) -> [usize; 4] {
+        match self.layout {
+            Layout::TokensHeads => [self.batch, self.tokens, heads, self.head_dim],
+            Layout::HeadsTokens => [self.batch, heads, self.tokens, self.head_dim],
+        }
+    }
+
+    /// Rows from a token to the next, and from a head to the next, in a tensor with so many heads.
+    fn strides(&self, heads: usize) -> [u32; 2] {
+        match self.layout {
+            Layout::TokensHeads => [heads as u32, 1],
+            Layout::HeadsTokens => [1, self.tokens as u32],
+        }
+    }
+
+    /// Pairs of a query and a key that it may attend to, for queries (or, from the end, keys) `first` to `first + rows`.
+    fn pairs(&self, first: usize, rows: usize) -> u64 {
+        let (first, end) = (first as u64, (first + rows).min(self.tokens) as u64);
+        (end * (end + 1) - first * (first + 1)) / 2
+    }
+
+    /// 1 / sqrt(D).
+    fn scale<T: Real>(&self) -> T {
+        T::from_f64((self.head_dim as f64).sqrt().recip())
+    }
+
+    /// The kernel of a tile, with `kept` and `streamed` rows.
+    fn kernel(&self, caps: &Caps, shader: &'static str, tile: &Tile) -> Kernel {
+        Kernel::new(caps, shader)
+            .element("elem", self.element)
+            .constant("HEAD_DIM", self.head_dim)
+            .constant("BLOCK_M", tile.block_m)
+            .constant("BLOCK_N", tile.block_n)
+            .constant("CHUNK", tile.chunk)
+            .constant("STAGES", tile.stages)
+            .constant("STRIPS", tile.strips)
+            .constant("SUMS", tile.stages * tile.strips)
+    }
+
+    /// The dispatches over `batch` entries of a kernel that has a workgroup for each block of each of `heads` heads.
+    fn parts(
+        &self,
+        caps: &Caps,
+        scale: f32,
+        (batch, blocks, heads): (usize, usize, usize),
+        work: impl Fn(usize) -> u64,
+    ) -> Result<Vec<(TileParams, [u32; 3], u64)>> {
+        let [token_stride, head_stride] = self.strides(self.heads);
+        let [kv_token_stride, kv_head_stride] = self.strides(self.kv_heads);
+        let parts = plan::cut(batch, blocks, heads, work, caps.work_per_dispatch);
+        let dispatch = |part: plan::Part| {
+            let params = TileParams {
+                tokens: self.tokens as u32,
+                heads: self.heads as u32,
+                kv_heads: self.kv_heads as u32,
+                token_stride,
+                head_stride,
+                kv_token_stride,
+                kv_head_stride,
+                scale,
+                first_unit: part.first_unit,
+                units: part.units,
+            };
+            Ok((params, grid(caps, u64::from(part.units))?, part.work))
+        };
+        parts.into_iter().map(dispatch).collect()
+    }
+}
+
+/// What the forward gives.
+#[derive(Clone, Copy, Debug)]
+pub struct FlashForward {
+    /// The output, in q's layout.
+    pub o: Tensor,
+    /// Natural logarithm of each row's sum of exponentials, `[B, H, S]` f32.
+    pub lse: Tensor,
+}
+
+/// What the backward gives, in the layouts of q, k and v.
+#[derive(Clone, Copy, Debug)]
+pub struct FlashGradients {
+    /// Gradient of q.
+    pub dq: Tensor,
+    /// Gradient of k, summed over the query heads of a group.
+    pub dk: Tensor,
+    /// Gradient of v, summed over the query heads of a group.
+    pub dv: Tensor,
+}
+
+/// Records o = softmax(q k^T / sqrt(D), causal) v and its log-sum-exp. `into` is where o goes, by default scratch.
+///
+/// # Errors
+/// A shape outside spec section 9, tensors of the wrong size, or a device that cannot hold them.
+pub fn record_forward(
+    recording: &mut Recording,
+    shape: &FlashShape,
+    [q, k, v]: [Tensor; 3],
+    into: Option<Tensor>,
+) -> Result<FlashForward> {
+    shape.check()?;
+    recording.expect("q", q, shape.element, &shape.q())?;
+    recording.expect("k", k, shape.element, &shape.kv())?;
+    recording.expect("v", v, shape.element, &shape.kv())?;
+    let o = match into {
+        Some(o) => o,
+        None => recording.scratch("o", shape.element, &shape.q())?,
+    };
+    recording.expect("o", o, shape.element, &shape.q())?;
+    let lse = recording.scratch("lse", Element::F32, &shape.lse())?;
+    let caps = recording.caps().clone();
+    let tile = plan(&caps, shape.head_dim)?.forward;
+    let kernel = shape.kernel(&caps, "attention/flash_forward", &tile);
+    let blocks = shape.tokens.div_ceil(tile.block_m);
+    let command = Command::new("flash_forward", reference::ForwardReference(*shape))
+        .reads("q", q)
+        .reads("k", k)
+        .reads("v", v)
+        .writes("o", o)
+        .writes("lse", lse)
+        .dispatch_parts(&caps, shape.batch, kernel, |batch| {
+            let scale = shape.scale::<f32>() * std::f32::consts::LOG2_E;
+            shape.parts(&caps, scale, (batch, blocks, shape.heads), |block| {
+                4 * shape.head_dim as u64 * shape.pairs((blocks - 1 - block) * tile.block_m, tile.block_m)
+            })
+        })?;
+    recording.push(command)?;
+    Ok(FlashForward { o, lse })
+}
+
+/// Records the gradients for d_o, given in q's layout. `into` is where they go, by default scratch.
+///
+/// # Errors
+/// As [`record_forward`].
+pub fn record_backward(
+    recording: &mut Recording,
+    shape: &FlashShape,
+    [q, k, v]: [Tensor; 3],
+    forward: &FlashForward,
+    d_o: Tensor,
+    into: Option<FlashGradients>,
+) -> Result<FlashGradients> {
+    shape.check()?;
+    let gradients = match into {
+        Some(gradients) => gradients,
+        None => FlashGradients {
+            dq: recording.scratch("dq", shape.element, &shape.q())?,
+            dk: recording.scratch("dk", shape.element, &shape.kv())?,
+            dv: recording.scratch("dv", shape.element, &shape.kv())?,
+        },
+    };
+    for (parameter, tensor) in [("q", q), ("o", forward.o), ("d_o", d_o), ("dq", gradients.dq)] {
+        recording.expect(parameter, tensor, shape.element, &shape.q())?;
+    }
+    for (parameter, tensor) in [("k", k), ("v", v), ("dk", gradients.dk), ("dv", gradients.dv)] {
+        recording.expect(parameter, tensor, shape.element, &shape.kv())?;
+    }
+    recording.expect("lse", forward.lse, Element::F32, &shape.lse())?;
+    let delta = record_delta(recording, shape, forward.o, d_o)?;
+
+    let caps = recording.caps().clone();
+    let plan = plan(&caps, shape.head_dim)?;
+    let reads = |command: Command| {
+        command
+            .reads("q", q)
+            .reads("k", k)
+            .reads("v", v)
+            .reads("d_o", d_o)
+            .reads("lse", forward.lse)
+            .reads("delta", delta)
+    };
+    let Tile { block_n, .. } = plan.dkdv;
+    let blocks = shape.tokens.div_ceil(block_n);
+    let kernel = shape.kernel(&caps, "attention/flash_backward_dkdv", &plan.dkdv);
+    let group = (shape.heads / shape.kv_heads) as u64;
+    let command = reads(Command::new("flash_backward_dkdv", reference::DkdvReference(*shape)))
+        .writes("dk", gradients.dk)
+        .writes("dv", gradients.dv)
+        .dispatch_parts(&caps, shape.batch, kernel, |batch| {
+            shape.parts(&caps, shape.scale(), (batch, blocks, shape.kv_heads), |block| {
+                // As many as for the queries that lie as far from the other end.
+                let after = shape.tokens.saturating_sub((block + 1) * block_n);
+                8 * shape.head_dim as u64 * group * shape.pairs(after, shape.tokens - block * block_n - after)
+            })
+        })?;
+    recording.push(command)?;
+
+    let Tile { block_m, .. } = plan.dq;
+    let blocks = shape.tokens.div_ceil(block_m);
+    let kernel = shape.kernel(&caps, "attention/flash_backward_dq", &plan.dq);
+    let command = reads(Command::new("flash_backward_dq", reference::DqReference(*shape)))
+        .writes("dq", gradients.dq)
+        .dispatch_parts(&caps, shape.batch, kernel, |batch| {
+        shape.parts(&caps, shape.scale(), (batch, blocks, shape.heads), |block| {
+            6 * shape.head_dim as u64 * shape.pairs((blocks - 1 - block) * block_m, block_m)
+        })
+    })?;
+    recording.push(command)?;
+    Ok(gradients)
+}
+
+/// Records delta = rowsum(o * d_o), `[B, H, S]` f32.
+fn record_delta(recording: &mut Recording, shape: &FlashShape, o: Tensor, d_o: Tensor) -> Result<Tensor> {
+    let delta = recording.scratch("delta", Element::F32, &shape.lse())?;
+    let caps = recording.caps().clone();
+    let kernel = Kernel::new(&caps, "attention/flash_backward_delta")
+        .element("elem", shape.element)
+        .constant("HEAD_DIM", shape.head_dim);
+    let command = Command::new("flash_backward_delta", reference::DeltaReference(*shape))
+        .reads("o", o)
+        .reads("d_o", d_o)
+        .writes("delta", delta)
+        .dispatch_batched(&caps, shape.batch, kernel, |batch| {
+            let [token_stride, head_stride] = shape.strides(shape.heads);
+            let rows = batch * shape.heads * shape.tokens;
+            let params = DeltaParams {
+                tokens: shape.tokens as u32,
+                heads: shape.heads as u32,
+                token_stride,
+                head_stride,
+                rows: rows as u32,
+            };
+            // A workgroup has 32 rows.
+            Ok((params, grid(&caps, rows.div_ceil(32) as u64)?, 2 * (rows * shape.head_dim) as u64))
+        })?;
+    recording.push(command)?;
+    Ok(delta)
+}

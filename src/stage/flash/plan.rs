@@ -1,0 +1,180 @@
+//! Tile sizes of the attention kernels, and how their work is cut into dispatches. Pure functions: the one place to
+//! tune them, tested without a GPU.
+
+use crate::error::{Error, Result};
+use crate::gpu::{Caps, Tier};
+
+/// The tile of one kernel, in the words of `shaders/shared/tile.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Queries of a tile, BLOCK_M.
+    pub block_m: usize,
+    /// Keys of a tile, BLOCK_N.
+    pub block_n: usize,
+    /// Columns of four elements that are staged at a time for products of rows with rows.
+    pub chunk: usize,
+    /// Steps in which the product of the tile with streamed rows stages their columns.
+    pub stages: usize,
+    /// Strips of such a step: each gives every lane one column of four elements.
+    pub strips: usize,
+    /// Invocations of a workgroup.
+    pub invocations: usize,
+    /// Bytes of workgroup memory.
+    pub workgroup_bytes: usize,
+}
+
+/// The tiles of the three kernels that stream over tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TilePlan {
+    /// The forward keeps a block of queries.
+    pub forward: Tile,
+    /// The backward for k and v keeps a block of keys.
+    pub dkdv: Tile,
+    /// The backward for q keeps a block of queries.
+    pub dq: Tile,
+}
+
+/// Bytes of four f32 in workgroup memory.
+const VEC4: usize = 16;
+/// Lanes whose streamed rows are staged at a time (`STAGED_LANES`), four rows each.
+const STAGED_LANES: usize = 8;
+/// Columns of four elements that fit beside the tile in 16 KiB.
+const STAGED_COLUMNS: usize = 16;
+
+/// Chooses the tiles for a device and a head_dim.
+///
+/// # Errors
+/// [`Error::Limit`] if the device has less than WebGPU's default limits.
+pub fn plan(caps: &Caps, head_dim: usize) -> Result<TilePlan> {
+    match caps.tier {
+        Tier::SimtF32 | Tier::SimtF16 => {
+            let (block_m, block_n) = (64, 32);
+            Ok(TilePlan {
+                forward: simt(caps, head_dim, block_m, block_n, block_m)?,
+                dkdv: simt(caps, head_dim, block_m, block_n, block_n)?,
+                dq: simt(caps, head_dim, block_m, block_n, block_m)?,
+            })
+        }
+    }
+}
+
+/// A tile of which the workgroup keeps one side, `kept` being `block_m` or `block_n`, and streams over the other.
+fn simt(caps: &Caps, head_dim: usize, block_m: usize, block_n: usize, kept: usize) -> Result<Tile> {
+    let columns = head_dim / 4;
+    let streamed = block_m + block_n - kept;
+    let lanes = streamed / 4;
+    // At most 9 columns fit 16 KiB; the steps are made equal.
+    let chunk = columns.div_ceil(columns.div_ceil(9));
+    let stride = chunk | 1;
+    let sums = columns.div_ceil(lanes);
+    let strips = (STAGED_COLUMNS / lanes).min(sums);
+    let rows_by_rows = (kept + streamed) * stride;
+    let weighted_rows = kept * lanes + 4 * STAGED_LANES * strips * lanes;
+    let tile = Tile {
+        block_m,
+        block_n,
+        chunk,
+        stages: sums.div_ceil(strips),
+        strips,
+        invocations: kept / 4 * lanes,
+        workgroup_bytes: VEC4 * rows_by_rows.max(weighted_rows),
+    };
+    let limits = &caps.limits;
+    for (what, needed, limit, available) in [
+        (
+            "workgroup memory",
+            tile.workgroup_bytes,
+            "max_compute_workgroup_storage_size",
+            limits.max_compute_workgroup_storage_size,
+        ),
+        (
+            "invocations",
+            tile.invocations,
+            "max_compute_invocations_per_workgroup",
+            limits.max_compute_invocations_per_workgroup,
+        ),
+    ] {
+        if needed as u64 > u64::from(available) {
+            let what = format!("an attention tile of {block_m} queries by {block_n} keys, counted in {what},");
+            return Err(Error::Limit { what, needed: needed as u64, limit, available: u64::from(available) });
+        }
+    }
+    Ok(tile)
+}
+
+/// One dispatch's part of a kernel's units. A unit is a workgroup's work: a block of one head of one batch entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    pub first_unit: u32,
+    pub units: u32,
+    /// Floating-point operations.
+    pub work: u64,
+}
+
+/// Cuts units 0.. into dispatches of at most `limit` work, in order; a unit of more work is a dispatch by itself. A
+/// unit's number is `(batch entry * blocks + block) * heads + head`, and `work` gives the work of a block.
+pub(super) fn cut(batch: usize, blocks: usize, heads: usize, work: impl Fn(usize) -> u64, limit: u64) -> Vec<Part> {
+    let mut parts = Vec::new();
+    let mut part = Part { first_unit: 0, units: 0, work: 0 };
+    for unit in 0..batch * blocks * heads {
+        let work = work(unit / heads % blocks);
+        if part.units > 0 && part.work.saturating_add(work) > limit {
+            parts.push(part);
+            part = Part { first_unit: unit as u32, units: 0, work: 0 };
+        }
+        part.units += 1;
+        part.work = part.work.saturating_add(work);
+    }
+    parts.push(part);
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MAX_HEAD_DIM;
+
+    #[test]
+    fn every_head_dim_fits_the_default_limits() -> Result<()> {
+        let caps = Caps::default();
+        for head_dim in (8..=MAX_HEAD_DIM).step_by(8) {
+            let plan = plan(&caps, head_dim)?;
+            for (tile, kept) in
+                [(plan.forward, plan.forward.block_m), (plan.dkdv, plan.dkdv.block_n), (plan.dq, plan.dq.block_m)]
+            {
+                assert!(tile.workgroup_bytes <= 16 << 10, "{head_dim}: {tile:?}");
+                assert!(tile.invocations <= 256, "{head_dim}: {tile:?}");
+                let lanes = (tile.block_m + tile.block_n - kept) / 4;
+                assert!(4 * tile.stages * tile.strips * lanes >= head_dim, "{head_dim}: {tile:?}");
+                assert!(lanes.is_multiple_of(STAGED_LANES), "{head_dim}: {tile:?}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn too_little_workgroup_memory_is_named() {
+        let mut caps = Caps::default();
+        caps.limits.max_compute_workgroup_storage_size = 8 << 10;
+        let message = plan(&caps, 128).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(message.contains("max_compute_workgroup_storage_size is 8192"), "{message}");
+    }
+
+    #[test]
+    fn cuts_cover_all_units_within_the_limit() {
+        let (batch, blocks, heads) = (2, 5, 3);
+        let work = |block: usize| 10 * (blocks - block) as u64;
+        for limit in [1, 55, 100, 1 << 38] {
+            let parts = cut(batch, blocks, heads, work, limit);
+            let mut next = 0;
+            for part in &parts {
+                assert_eq!(part.first_unit, next);
+                assert!(part.units == 1 || part.work <= limit, "{part:?}");
+                next += part.units;
+            }
+            assert_eq!(next as usize, batch * blocks * heads);
+            assert_eq!(parts.iter().map(|part| part.work).sum::<u64>(), 2 * 3 * 10 * (1 + 2 + 3 + 4 + 5));
+        }
+        assert_eq!(cut(batch, blocks, heads, work, 1 << 38).len(), 1);
+    }
+}
