@@ -74,7 +74,7 @@ impl LighthouseAttention {
         let scores = scores.unwrap_or([pooled.score_q, pooled.score_k]);
         let selection = select::record(recording, shape, pyramid, scores)?;
         let gathered = gather::record_forward(recording, shape, pyramid, qkv, pooled.pyramid, selection.indices)?;
-        let attention = flash::record_forward(recording, &self.flash(), gathered)?;
+        let attention = flash::record_forward(recording, &self.flash(), gathered, None)?;
         let o = recording.scratch("o", shape.element, &shape.q())?;
         scatter::record_forward(recording, shape, pyramid, attention.o, selection.positions, o)?;
         Ok(Forward { o, selection: Some(selection), qkv: gathered, attention })
@@ -91,7 +91,8 @@ impl LighthouseAttention {
             return DenseAttention::new(*shape)?.record_backward(recording, forward, d_o);
         };
         let gathered_d_o = scatter::record_backward(recording, shape, pyramid, d_o, selection.indices)?;
-        let gathered = flash::record_backward(recording, &self.flash(), forward.qkv, &forward.attention, gathered_d_o)?;
+        let gathered =
+            flash::record_backward(recording, &self.flash(), forward.qkv, &forward.attention, gathered_d_o, None)?;
         let out = Gradients {
             dq: recording.scratch("dq", shape.element, &shape.q())?,
             dk: recording.scratch("dk", shape.element, &shape.kv())?,
