@@ -140,7 +140,7 @@ impl GpuExecutor {
                 .iter()
                 .find_map(|c| c.args.iter().find(|a| a.tensor == info.tensor).map(|a| a.access));
             let alive = matches!(first, Some(Access::Read | Access::ReadWrite));
-            if before && (alive || info.role == Role::External) {
+            if info.role == Role::External || (before && alive) {
                 match info.tensor.element {
                     Element::U32 => self.write_u32(info.tensor, &cpu.read_u32(info.tensor)?)?,
                     Element::F32 | Element::F16 => self.write(info.tensor, &cpu.read(info.tensor)?)?,
