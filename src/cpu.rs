@@ -4,8 +4,10 @@
 use std::cell::{Ref, RefCell, RefMut};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::error::{Error, Result};
+use crate::profile::Profile;
 use crate::real::Real;
 use crate::recording::{Access, Arg, Executor, Recording};
 use crate::tensor::{Element, Tensor};
@@ -232,8 +234,14 @@ impl<T: Instance> Executor for CpuExecutor<T> {
     }
 
     fn run_range(&mut self, range: Range<usize>) -> Result<()> {
+        self.profile(range).map(drop)
+    }
+
+    fn profile(&mut self, range: Range<usize>) -> Result<Profile> {
         let single = T::epsilon() > T::from_f64(1e-10);
+        let mut profile = Profile::default();
         for command in self.recording.commands().get(range).unwrap_or_default() {
+            let begin = Instant::now();
             let args = Args { args: &command.args, recording: &self.recording, memory: &self.memory };
             T::run(&*command.reference, &args)?;
             for arg in &command.args {
@@ -241,7 +249,8 @@ impl<T: Instance> Executor for CpuExecutor<T> {
                     args.write(arg.name)?.iter_mut().for_each(|x| *x = round_f16(*x));
                 }
             }
+            profile.add(command.stage, begin.elapsed().as_secs_f64() * 1e3);
         }
-        Ok(())
+        Ok(profile)
     }
 }

@@ -12,22 +12,24 @@ mod cpu;
 mod error;
 pub mod gpu;
 pub mod layer;
-//cfg
-//pub mod model;
-//cfg
-//pub mod nn;
+#[cfg(feature = "train")]
+pub mod model;
+#[cfg(feature = "train")]
+pub mod nn;
+mod profile;
 mod real;
 mod recording;
 pub mod stage;
 mod tensor;
-//cfg
-//pub mod train;
+#[cfg(feature = "train")]
+pub mod train;
 
 pub use config::{LighthouseConfig, Shape};
 pub use cpu::{Args, CpuExecutor, Reference};
 pub use error::{Error, Result};
 pub use gpu::{Caps, Gpu, GpuExecutor, Tier};
 pub use layer::{DenseAttention, LighthouseAttention};
+pub use profile::{Profile, ProfileRow};
 pub use real::Real;
 pub use recording::{Command, Executor, Recording, executor};
 pub use tensor::{Element, Role, Tensor, TensorInfo};

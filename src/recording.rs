@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::cpu::{AnyReference, CpuExecutor, Reference};
 use crate::error::{Error, Result};
 use crate::gpu::{Caps, Gpu, GpuExecutor, Kernel, Params};
+use crate::profile::Profile;
 use crate::tensor::{Element, Role, Tensor, TensorInfo};
 
 /// How a command uses a tensor.
@@ -378,6 +379,12 @@ pub trait Executor {
 
     /// Runs the commands of `range`; a GPU executor submits them and returns.
     fn run_range(&mut self, range: Range<usize>) -> Result<()>;
+
+    /// Runs `range` and measures each command: on a GPU with timestamp queries, each in a pass of its own.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the adapter has no timestamp queries.
+    fn profile(&mut self, range: Range<usize>) -> Result<Profile>;
 
     /// Runs the whole recording.
     fn run(&mut self) -> Result<()> {

@@ -11,8 +11,9 @@ use crate::error::{Error, Result};
 use crate::gpu::context::Gpu;
 use crate::gpu::kernel::Pipeline;
 use crate::gpu::memory::MemoryPlan;
-use crate::gpu::profile::{self, Profile};
+use crate::gpu::profile;
 use crate::gpu::shader::BindingKind;
+use crate::profile::Profile;
 use crate::recording::{Access, Command, Dispatch, Executor, Recording};
 use crate::tensor::{Element, Role, Tensor};
 
@@ -148,14 +149,6 @@ impl GpuExecutor {
             }
         }
         self.run_range(at..recording.len())
-    }
-
-    /// Runs `range` with a pass and two timestamps for each command.
-    ///
-    /// # Errors
-    /// [`Error::Gpu`] if the adapter has no timestamp queries.
-    pub fn profile(&mut self, range: Range<usize>) -> Result<Profile> {
-        Profile::measure(self, range)
     }
 
     /// Milliseconds of `range` as one pass between two timestamps: what a replay takes on the GPU, the gaps between its
@@ -422,5 +415,9 @@ impl Executor for GpuExecutor {
             rest = later;
         }
         self.gpu.check()
+    }
+
+    fn profile(&mut self, range: Range<usize>) -> Result<Profile> {
+        profile::profile(self, range)
     }
 }

@@ -13,5 +13,4 @@ pub use context::{Gpu, NO_DRIVER_HINT, adapters, parse_backends};
 pub use executor::GpuExecutor;
 pub use kernel::Kernel;
 pub(crate) use kernel::{Params, grid, params};
-pub use profile::{Profile, ProfileRow};
 pub use shader::{SHADERS, compose};

@@ -1,65 +1,33 @@
-//! Milliseconds per stage from timestamp queries.
+//! Times from timestamp queries.
 
 use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::gpu::executor::GpuExecutor;
+use crate::profile::Profile;
 use crate::recording::Executor;
-
-/// What one stage took in a replay.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ProfileRow {
-    /// The stage's name.
-    pub stage: &'static str,
-    /// How many commands of it ran.
-    pub commands: usize,
-    /// Their time together.
-    pub milliseconds: f64,
-}
-
-/// The stages of a replay with their times, in order of first appearance.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Profile {
-    /// One row per stage.
-    pub rows: Vec<ProfileRow>,
-}
 
 /// Queries of one set; WebGPU allows no more.
 const QUERIES: usize = 4096;
 
-impl Profile {
-    pub(crate) fn measure(executor: &mut GpuExecutor, range: Range<usize>) -> Result<Self> {
-        require_timestamps(executor)?;
-        let mut profile = Self::default();
-        let commands: Vec<usize> = range.collect();
-        for commands in commands.chunks(QUERIES / 2) {
-            profile.measure_some(executor, commands)?;
-        }
-        Ok(profile)
-    }
-
-    fn measure_some(&mut self, executor: &mut GpuExecutor, commands: &[usize]) -> Result<()> {
+/// Runs each command of `range` as a pass between two timestamps.
+///
+/// # Errors
+/// [`Error::Gpu`] if the adapter has no timestamp queries.
+pub(crate) fn profile(executor: &mut GpuExecutor, range: Range<usize>) -> Result<Profile> {
+    require_timestamps(executor)?;
+    let mut profile = Profile::default();
+    let commands: Vec<usize> = range.collect();
+    for commands in commands.chunks(QUERIES / 2) {
         let spans: Vec<Range<usize>> = commands.iter().map(|&command| command..command + 1).collect();
         let times = timed_passes(executor, &spans)?;
         for (&command, milliseconds) in commands.iter().zip(times) {
-            let Some(stage) = executor.recording().commands().get(command).map(|command| command.stage()) else {
-                continue;
-            };
-            match self.rows.iter_mut().find(|row| row.stage == stage) {
-                Some(row) => {
-                    row.commands += 1;
-                    row.milliseconds += milliseconds;
-                }
-                None => self.rows.push(ProfileRow { stage, commands: 1, milliseconds }),
+            if let Some(command) = executor.recording().commands().get(command) {
+                profile.add(command.stage(), milliseconds);
             }
         }
-        Ok(())
     }
-
-    /// The sum over all stages.
-    pub fn milliseconds(&self) -> f64 {
-        self.rows.iter().map(|row| row.milliseconds).sum()
-    }
+    Ok(profile)
 }
 
 /// Milliseconds of `range` as one pass between two timestamps: what a replay takes on the GPU, the gaps between its
@@ -120,19 +88,4 @@ fn timed_passes(executor: &mut GpuExecutor, spans: &[Range<usize>]) -> Result<Ve
         _ => 0.0,
     };
     Ok(ticks.chunks_exact(2).map(milliseconds).collect())
-}
-
-impl std::fmt::Display for Profile {
-    /// A table, the slowest stage first.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let total = self.milliseconds();
-        let mut rows: Vec<&ProfileRow> = self.rows.iter().collect();
-        rows.sort_by(|a, b| b.milliseconds.total_cmp(&a.milliseconds));
-        writeln!(f, "{:<28} {:>8} {:>12} {:>7}", "stage", "commands", "ms", "share")?;
-        for row in rows {
-            let share = 100.0 * row.milliseconds / total.max(f64::MIN_POSITIVE);
-            writeln!(f, "{:<28} {:>8} {:>12.4} {share:>6.1}%", row.stage, row.commands, row.milliseconds)?;
-        }
-        write!(f, "{:<28} {:>8} {total:>12.4}", "total", self.rows.iter().map(|row| row.commands).sum::<usize>())
-    }
 }
