@@ -15,11 +15,11 @@ use crate::layer::{Forward, LighthouseAttention};
 use crate::nn::adamw::{self, AdamW, AdamWTensors};
 use crate::nn::cross_entropy::{self, CrossEntropyShape};
 use crate::nn::embedding::{self, EmbeddingShape};
+use crate::nn::grad_norm;
 use crate::nn::linear::{self, LinearShape};
 use crate::nn::rms_norm::{self, RmsNorm, RmsNormShape};
 use crate::nn::rope::{self, RopeShape};
 use crate::nn::swiglu::{self, SwigluShape};
-use crate::nn::grad_norm;
 use crate::recording::{Executor, Recording};
 use crate::tensor::{Element, Tensor};
 
@@ -100,7 +100,11 @@ impl ModelConfig {
             }
         }
         if self.width == 0 || !self.width.is_multiple_of(self.heads) {
-            return Err(Error::parameter("width", self.width, format!("a positive multiple of heads = {}", self.heads)));
+            return Err(Error::parameter(
+                "width",
+                self.width,
+                format!("a positive multiple of heads = {}", self.heads),
+            ));
         }
         if self.hidden == 0 || !self.hidden.is_multiple_of(8) {
             return Err(Error::parameter("hidden", self.hidden, "a positive multiple of 8"));
@@ -345,7 +349,8 @@ impl Model {
         let begin = recording.len();
         let config = &self.config;
         // Forward.
-        let mut x = embedding::record_forward(recording, &config.embedding(), tensors.ids, views.weight(self.embedding)?)?;
+        let mut x =
+            embedding::record_forward(recording, &config.embedding(), tensors.ids, views.weight(self.embedding)?)?;
         let mut saved = Vec::with_capacity(self.blocks.len());
         for (layer, block) in self.blocks.iter().enumerate() {
             let attention = config.attention_of(layer, dense)?;
@@ -389,7 +394,8 @@ impl Model {
     fn record_evaluation(&self, recording: &mut Recording, tensors: &ModelTensors, views: &Views) -> Result<Segment> {
         let begin = recording.len();
         let config = &self.config;
-        let mut x = embedding::record_forward(recording, &config.embedding(), tensors.ids, views.weight(self.embedding)?)?;
+        let mut x =
+            embedding::record_forward(recording, &config.embedding(), tensors.ids, views.weight(self.embedding)?)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let attention = config.attention_of(layer, true)?;
             (x, _) = self.record_block(recording, tensors, views, block, &attention, x)?;
@@ -416,7 +422,8 @@ impl Model {
         let ModelConfig { width, hidden, .. } = *config;
         let kv_width = config.kv_heads * config.head_dim();
 
-        let attention_norm = rms_norm::record_forward(recording, &config.norm(), x, views.weight(block.attention_norm)?)?;
+        let attention_norm =
+            rms_norm::record_forward(recording, &config.norm(), x, views.weight(block.attention_norm)?)?;
         let mut project = |outputs: usize, weight: usize| {
             let weight = views.weight(weight)?;
             linear::record_forward(recording, &config.linear(width, outputs), attention_norm.y, weight, None)
@@ -455,7 +462,7 @@ impl Model {
         let kv_width = config.kv_heads * config.head_dim();
 
         // d_x += d_y W, and dW = d_y^T x.
-        let mut linear = |recording: &mut Recording, outputs, inputs, parameter, d_y, x, add| {
+        let linear = |recording: &mut Recording, outputs, inputs, parameter, d_y, x, add| {
             let shape = config.linear(inputs, outputs);
             linear::record_backward_weight(recording, &shape, d_y, x, views.gradient(parameter)?)?;
             linear::record_backward_input(recording, &shape, d_y, views.weight(parameter)?, add)
@@ -463,7 +470,14 @@ impl Model {
         let norm = |recording: &mut Recording, parameter, x, norm: RmsNorm, d_y, d_residual| {
             let (weight, d_weight) = (views.weight(parameter)?, views.gradient(parameter)?);
             rms_norm::record_backward(
-                recording, &config.norm(), x, weight, norm.inverse_rms, d_y, Some(d_residual), d_weight,
+                recording,
+                &config.norm(),
+                x,
+                weight,
+                norm.inverse_rms,
+                d_y,
+                Some(d_residual),
+                d_weight,
             )
         };
 

@@ -106,10 +106,7 @@ impl ParameterTable {
     /// # Errors
     /// As [`Recording::view`].
     pub fn views(&self, recording: &mut Recording, prefix: &str, flat: Tensor) -> Result<Vec<Tensor>> {
-        self.parameters
-            .iter()
-            .map(|p| recording.view(format!("{prefix}{}", p.name), flat, p.start, &p.shape))
-            .collect()
+        self.parameters.iter().map(|p| recording.view(format!("{prefix}{}", p.name), flat, p.start, &p.shape)).collect()
     }
 
     /// The flat external tensor of this table's length.

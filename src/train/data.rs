@@ -44,8 +44,8 @@ impl Corpus {
             if bytes.len() >= limit {
                 break;
             }
-            let read = fs::read(file)
-                .map_err(|e| Error::Data { path: file.display().to_string(), problem: e.to_string() })?;
+            let read =
+                fs::read(file).map_err(|e| Error::Data { path: file.display().to_string(), problem: e.to_string() })?;
             bytes.extend_from_slice(&read);
         }
         bytes.truncate(limit);
@@ -136,7 +136,10 @@ impl Corpus {
     fn cut(&self, start: usize) -> (Vec<u32>, Vec<u32>) {
         let bytes = self.bytes.get(start..start + self.sample).unwrap_or_default();
         let ids: Vec<u32> = bytes.iter().map(|&byte| u32::from(byte)).collect();
-        (ids.split_last().map_or(Vec::new(), |(_, ids)| ids.to_vec()), ids.split_first().map_or(Vec::new(), |(_, ids)| ids.to_vec()))
+        (
+            ids.split_last().map_or(Vec::new(), |(_, ids)| ids.to_vec()),
+            ids.split_first().map_or(Vec::new(), |(_, ids)| ids.to_vec()),
+        )
     }
 }
 
@@ -181,9 +184,8 @@ pub fn crate_sources(manifest: &Path) -> Result<Vec<PathBuf>> {
     let lock = manifest.join("Cargo.lock");
     let lock = fs::read_to_string(&lock)
         .map_err(|e| Error::Data { path: lock.display().to_string(), problem: e.to_string() })?;
-    let value = |line: &str, key: &str| {
-        line.strip_prefix(key).and_then(|rest| rest.strip_suffix('"')).map(str::to_owned)
-    };
+    let value =
+        |line: &str, key: &str| line.strip_prefix(key).and_then(|rest| rest.strip_suffix('"')).map(str::to_owned);
     let mut packages: Vec<String> = Vec::new();
     let mut name = None;
     for line in lock.lines() {
@@ -198,8 +200,9 @@ pub fn crate_sources(manifest: &Path) -> Result<Vec<PathBuf>> {
         .map(PathBuf::from)
         .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")))
         .unwrap_or_default();
-    let registries: Vec<PathBuf> =
-        fs::read_dir(home.join("registry/src")).map(|r| r.flatten().map(|entry| entry.path()).collect()).unwrap_or_default();
+    let registries: Vec<PathBuf> = fs::read_dir(home.join("registry/src"))
+        .map(|r| r.flatten().map(|entry| entry.path()).collect())
+        .unwrap_or_default();
     for package in packages {
         if let Some(folder) = registries.iter().map(|registry| registry.join(&package)).find(|folder| folder.is_dir()) {
             files.extend(files_below(&folder, source));

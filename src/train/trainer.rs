@@ -107,7 +107,11 @@ impl Trainer {
 
     /// The segment of the next step.
     pub fn segment(&self) -> &Segment {
-        if self.step < self.config.steps - self.config.resume_steps { &self.recorded.train } else { &self.recorded.resume }
+        if self.step < self.config.steps - self.config.resume_steps {
+            &self.recorded.train
+        } else {
+            &self.recorded.resume
+        }
     }
 
     fn load(&mut self, samples: &[(Vec<u32>, Vec<u32>)]) -> Result<()> {
