@@ -14,8 +14,8 @@ pub mod gpu;
 //pub mod layer;
 //cfg
 //pub mod model;
-//cfg
-//pub mod nn;
+#[cfg(feature = "train")]
+pub mod nn;
 mod real;
 mod recording;
 pub mod stage;
