@@ -51,10 +51,10 @@ fn main(
         workgroupBarrier();
         if (column < COLUMNS) {
             for (var word = 0u; word < CHUNK / 32u; word++) {
-                var set = atomicLoad(&tokens[word]);
-                while (set != 0u) {
-                    let token = first + word * 32u + firstTrailingBit(set);
-                    set &= set - 1u;
+                var left = atomicLoad(&tokens[word]);
+                while (left != 0u) {
+                    let token = first + word * 32u + firstTrailingBit(left);
+                    left &= left - 1u;
                     sum += unpack_elem(d_x[token * COLUMNS + column]);
                 }
             }

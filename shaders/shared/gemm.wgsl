@@ -125,6 +125,8 @@ fn main(
         load_a(row, k0, k_end, invocation);
         load_b(column, k0, k_end, invocation);
         workgroupBarrier();
+        // Summed by itself and then added: the rounding errors of a long k grow with its steps, not with k.
+        var part: array<vec4<f32>, ROWS>;
         for (var q = 0u; q < BLOCK_K / 4u; q++) {
             let b_rows = b_fragment(q, x);
             #for block in 0..ROW_BLOCKS
@@ -132,12 +134,17 @@ fn main(
                 let a_rows = a_fragment($blocku, q, y);
                 #for i in 0..4
                 #for k in 0..4
-                sum[4 * $block + $i] = fma(vec4<f32>(a_rows[$i][$k]), b_rows[$k], sum[4 * $block + $i]);
+                part[4 * $block + $i] = fma(vec4<f32>(a_rows[$i][$k]), b_rows[$k], part[4 * $block + $i]);
                 #end
                 #end
             }
             #end
         }
+        #for block in 0..ROW_BLOCKS
+        #for i in 0..4
+        sum[4 * $block + $i] += part[4 * $block + $i];
+        #end
+        #end
         workgroupBarrier();
     }
 
