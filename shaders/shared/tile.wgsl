@@ -6,8 +6,9 @@
 // neighbouring streamed rows (an odd stride, so no bank conflict). Its 4 x 4 part of a tile is an array over i of
 // vectors over j.
 //
-// Host constants: HEAD_DIM, CHUNK, STAGES, STRIPS and SUMS, their product. The kernel declares KEPT_ROWS, STREAMED_ROWS, params.tokens,
-// `load(tensor, at)` for four elements of a tensor as f32, and `attends(kept, streamed)` for the mask by token.
+// Host constants: HEAD_DIM, CHUNK, STAGES, STRIPS and SUMS, the product of the last two. The kernel declares KEPT_ROWS,
+// STREAMED_ROWS, params.tokens, `load(tensor, at)` for four elements of a tensor as f32, and `attends(kept, streamed)`
+// for the mask by token.
 
 const COLUMNS: u32 = HEAD_DIM / 4u;
 const LANES: u32 = STREAMED_ROWS / 4u;
@@ -26,7 +27,8 @@ const STAGED_START: u32 = KEPT_ROWS * LANES;
 const TILE: u32 = max((KEPT_ROWS + STREAMED_ROWS) * STRIDE, STAGED_START + 4u * STAGED_LANES * STAGED_COLUMNS);
 var<workgroup> tile: array<vec4<f32>, TILE>;
 
-// Rows of one head of a tensor: token t is row `base + stride * t` of HEAD_DIM elements; the tile begins at token `first`.
+// Rows of one head of a tensor: token t is row `base + stride * t` of HEAD_DIM elements. The tile begins at token
+// `first`.
 struct Rows {
     tensor: u32,
     base: u32,

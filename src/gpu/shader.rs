@@ -22,6 +22,7 @@ shaders![
     "attention/flash_backward_dq",
     "attention/flash_forward",
     "lighthouse/pool_score",
+    "shared/exponent",
     "shared/grid",
     "shared/pyramid",
     "shared/tile",
