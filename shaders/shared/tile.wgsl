@@ -110,10 +110,24 @@ fn add_weighted_rows(
             tile[STAGED_START + n] = load_row(streamed, streamed_row, column);
         }
         workgroupBarrier();
-        #for masked in 0..2
-        if (crossed == ($masked == 1)) {
+        if (crossed) {
+            for (var row = 0u; row < 4u * STAGED_LANES; row++) {
+                let streamed_lane = first_lane + row % STAGED_LANES;
+                let j = row / STAGED_LANES;
+                #for strip in 0..STRIPS
+                let strip$strip = tile[STAGED_START + row * STAGED_COLUMNS + $stripu * LANES + lane];
+                #end
+                #for i in 0..4
+                if (attends(kept + $iu, streamed.first + streamed_lane + LANES * j)) {
+                    let weight = tile[(4u * group + $iu) * LANES + streamed_lane][j];
+                    #for strip in 0..STRIPS
+                    (*sums)[($stageu * STRIPS + $stripu) * 4u + $iu] += weight * strip$strip;
+                    #end
+                }
+                #end
+            }
+        } else {
             for (var staged_lane = 0u; staged_lane < STAGED_LANES; staged_lane++) {
-                let row = streamed.first + first_lane + staged_lane;
                 #for i in 0..4
                 let weights$i = tile[(4u * group + $iu) * LANES + first_lane + staged_lane];
                 #end
@@ -125,16 +139,13 @@ fn add_weighted_rows(
                     #end
                     #for i in 0..4
                     #for j in 0..4
-                    if ($masked == 0 || attends(kept + $iu, row + $ju * LANES)) {
-                        (*sums)[($stageu * STRIPS + $stripu) * 4u + $iu] += weights$i[$j] * row$j;
-                    }
+                    (*sums)[($stageu * STRIPS + $stripu) * 4u + $iu] += weights$i[$j] * row$j;
                     #end
                     #end
                 }
                 #end
             }
         }
-        #end
     }
     #end
 }
