@@ -2,9 +2,11 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use lighthouse_attention::stage::flash::{self, FlashShape, Layout};
-use lighthouse_attention::{Element, Recording, Result, Tensor};
-use support::{Probe, check, data};
+use lighthouse_attention::{Caps, CpuExecutor, Element, Error, Executor, GpuExecutor, Recording, Result};
+use support::{Build, Device, Probe, Values, check, data, devices};
 
 const F32: Element = Element::F32;
 const F16: Element = Element::F16;
@@ -18,41 +20,46 @@ fn shape(
     FlashShape { batch, tokens, heads, kv_heads, head_dim, element, layout }
 }
 
-/// Inputs q, k, v by the golden vectors' formula, times `magnitude`.
-fn inputs(recording: &mut Recording, shape: &FlashShape, magnitude: f32) -> Result<(Probe, [Tensor; 3])> {
+/// Values of q, k, v and d_o by the golden vectors' formula.
+fn uniform(shape: &FlashShape) -> [Vec<f32>; 4] {
+    let axes = [shape.q(), shape.kv(), shape.kv(), shape.q()];
+    std::array::from_fn(|tensor| data::tensor(shape.head_dim as u64, tensor as u64, &axes[tensor]))
+}
+
+/// The first element of a row of a tensor with so many heads.
+fn row(shape: &FlashShape, heads: usize, (b, h, t): (usize, usize, usize)) -> usize {
+    shape.head_dim
+        * match shape.layout {
+            TokensHeads => (b * shape.tokens + t) * heads + h,
+            HeadsTokens => (b * heads + h) * shape.tokens + t,
+        }
+}
+
+/// Records forward and backward; the outputs are o, lse, dq, dk, dv, or only the first two.
+fn build(recording: &mut Recording, shape: &FlashShape, values: &[Vec<f32>; 4], backward: bool) -> Result<Probe> {
     let mut probe = Probe::default();
-    let mut input = |name, tensor, axes: [usize; 4]| {
-        let values = data::tensor(shape.head_dim as u64, tensor, &axes).into_iter().map(|x| x * magnitude).collect();
-        probe.input(recording, name, shape.element, &axes, values)
-    };
-    let qkv = [input("q", 0, shape.q())?, input("k", 1, shape.kv())?, input("v", 2, shape.kv())?];
-    Ok((probe, qkv))
-}
-
-fn check_forward(shape: &FlashShape, magnitude: f32) {
-    check(&format!("forward of {shape:?}"), 2.0, &|recording| {
-        let (mut probe, qkv) = inputs(recording, shape, magnitude)?;
-        let out = flash::record_forward(recording, shape, qkv, None)?;
-        probe.outputs(recording, &[out.o, out.lse])?;
-        Ok(probe)
-    });
-}
-
-fn check_backward(shape: &FlashShape, magnitude: f32) {
-    check(&format!("backward of {shape:?}"), 3.0, &|recording| {
-        let (mut probe, qkv) = inputs(recording, shape, magnitude)?;
-        let d_o = data::tensor(shape.head_dim as u64, 3, &shape.q());
-        let d_o = probe.input(recording, "d_o", shape.element, &shape.q(), d_o)?;
-        let forward = flash::record_forward(recording, shape, qkv, None)?;
+    let axes = [shape.q(), shape.kv(), shape.kv(), shape.q()];
+    let mut input = |i: usize, name: &str| probe.input(recording, name, shape.element, &axes[i], values[i].clone());
+    let (qkv, d_o) = ([input(0, "q")?, input(1, "k")?, input(2, "v")?], input(3, "d_o")?);
+    let forward = flash::record_forward(recording, shape, qkv, None)?;
+    probe.outputs(recording, &[forward.o, forward.lse])?;
+    if backward {
         let out = flash::record_backward(recording, shape, qkv, &forward, d_o, None)?;
         probe.outputs(recording, &[out.dq, out.dk, out.dv])?;
-        Ok(probe)
-    });
+    }
+    Ok(probe)
 }
 
-/// Every head_dim class, lengths that divide nothing, groups, batches, both layouts.
-fn shapes() -> Vec<FlashShape> {
-    vec![
+/// Both directions by the error rule, a factor of 2 forward and of 3 backward.
+fn check_both(shape: &FlashShape, values: &[Vec<f32>; 4]) {
+    check(&format!("forward of {shape:?}"), 2.0, &|recording| build(recording, shape, values, false));
+    check(&format!("backward of {shape:?}"), 3.0, &|recording| build(recording, shape, values, true));
+}
+
+/// Every class of head_dim, lengths that divide nothing, groups, batches, both layouts, both storage types.
+#[test]
+fn flash_matches_the_reference() {
+    for shape in [
         shape((1, 1, 1, 1, 8), F32, HeadsTokens),
         shape((2, 2, 2, 1, 8), F16, TokensHeads),
         shape((1, 31, 2, 2, 16), F32, TokensHeads),
@@ -64,19 +71,235 @@ fn shapes() -> Vec<FlashShape> {
         shape((1, 97, 1, 1, 200), F32, TokensHeads),
         shape((1, 64, 2, 1, 256), F16, TokensHeads),
         shape((1, 700, 2, 1, 32), F32, TokensHeads),
-    ]
-}
-
-#[test]
-fn forward_matches_the_reference() {
-    for shape in shapes() {
-        check_forward(&shape, 1.0);
+    ] {
+        check_both(&shape, &uniform(&shape));
     }
 }
 
+/// Scores before the scale grow with the key from -30 to 30, so that every tile raises the maximum, and shrink for
+/// every other query, so that the first tile outweighs all others.
 #[test]
-fn backward_matches_the_reference() {
-    for shape in shapes() {
-        check_backward(&shape, 1.0);
+fn a_growing_maximum_rescales() {
+    for element in [F32, F16] {
+        let shape = shape((1, 200, 2, 1, 64), element, HeadsTokens);
+        let mut values = uniform(&shape);
+        for t in 0..shape.tokens {
+            let slope = (t as f32 / shape.tokens as f32 * 2.0 - 1.0) * 30.0 / shape.head_dim as f32;
+            for h in 0..shape.heads {
+                let sign = if t % 2 == 0 { 1.0 } else { -1.0 };
+                values[0][row(&shape, shape.heads, (0, h, t))..][..64].iter_mut().for_each(|q| *q = sign + 0.1 * *q);
+            }
+            values[1][row(&shape, 1, (0, 0, t))..][..64].iter_mut().for_each(|k| *k = slope + 0.1 * *k);
+        }
+        check_both(&shape, &values);
     }
+}
+
+/// NaN and infinities: the same elements are non-finite as in the reference, and nothing hangs.
+#[test]
+fn non_finite_inputs_reach_what_depends_on_them() {
+    for (tensor, value) in [(0, f32::NAN), (1, f32::NAN), (2, f32::INFINITY), (3, f32::NEG_INFINITY)] {
+        let shape = shape((1, 150, 2, 1, 24), F32, TokensHeads);
+        let mut values = uniform(&shape);
+        let heads = [2, 1, 1, 2][tensor];
+        for t in [45, 100] {
+            values[tensor][row(&shape, heads, (0, heads - 1, t)) + 5] = value;
+        }
+        check_both(&shape, &values);
+    }
+}
+
+/// Runs a case on a device with other capabilities than its own, or on the CPU; the outputs in order.
+fn run(device: Option<(&Device, &Caps)>, build: Build<'_>) -> Result<Vec<Vec<f32>>> {
+    let caps = Caps::cpu();
+    let mut recording = Recording::new(device.map_or(&caps, |(_, caps)| caps));
+    let probe = build(&mut recording)?;
+    let recording = Arc::new(recording);
+    let mut executor: Box<dyn Executor> = match device {
+        Some((device, _)) => Box::new(GpuExecutor::new(&device.gpu, recording, &[])?),
+        None => Box::new(CpuExecutor::<f32>::new(recording)),
+    };
+    for (tensor, values) in &probe.inputs {
+        match values {
+            Values::Float(values) => executor.write(*tensor, values)?,
+            Values::Index(values) => executor.write_u32(*tensor, values)?,
+        }
+    }
+    executor.run()?;
+    probe.outputs.iter().map(|&tensor| executor.read(tensor)).collect()
+}
+
+/// On the CPU and on every device.
+fn everywhere(build: Build<'_>) -> Vec<(String, Vec<Vec<f32>>)> {
+    let on = |device: Option<&Device>| {
+        let name = device.map_or("the CPU".into(), |device| format!("{}, {}", device.adapter, device.tier));
+        let outputs = run(device.map(|device| (device, device.gpu.caps())), build);
+        (name.clone(), outputs.unwrap_or_else(|e| panic!("{name}: {e}")))
+    };
+    std::iter::once(None).chain(devices().iter().map(Some)).map(on).collect()
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
+/// NaN in q, k, v and d_o from a token on: outputs and gradients of q before it keep their bits. NaN in q and d_o at
+/// one token: gradients of k and v after it do, and so do all other rows.
+#[test]
+fn nothing_reaches_an_earlier_token() {
+    for (element, layout) in [(F32, TokensHeads), (F16, HeadsTokens)] {
+        let shape = shape((1, 150, 2, 1, 24), element, layout);
+        let clean = uniform(&shape);
+        let expected = everywhere(&|recording| build(recording, &shape, &clean, true));
+        for token in [1, 40, 63, 64, 110] {
+            let (mut later, mut at) = (clean.clone(), clean.clone());
+            for (tensor, heads) in [2, 1, 1, 2].into_iter().enumerate() {
+                for h in 0..heads {
+                    for t in token..shape.tokens {
+                        later[tensor][row(&shape, heads, (0, h, t))..][..24].fill(f32::NAN);
+                    }
+                    if tensor == 0 || tensor == 3 {
+                        at[tensor][row(&shape, heads, (0, h, token))..][..24].fill(f32::NAN);
+                    }
+                }
+            }
+            let later = everywhere(&|recording| build(recording, &shape, &later, true));
+            let at = everywhere(&|recording| build(recording, &shape, &at, true));
+            for (((name, expected), (_, later)), (_, at)) in expected.iter().zip(&later).zip(&at) {
+                let what = format!("{shape:?}, token {token} on {name}");
+                for t in 0..shape.tokens {
+                    for (output, heads) in [(0, 2), (2, 2), (3, 1), (4, 1)] {
+                        for h in 0..heads {
+                            let rows = row(&shape, heads, (0, h, t))..row(&shape, heads, (0, h, t)) + 24;
+                            let same = |got: &[Vec<f32>]| {
+                                same_bits(&expected[output][rows.clone()], &got[output][rows.clone()])
+                            };
+                            if heads == 2 {
+                                assert_eq!(
+                                    same(later),
+                                    t < token,
+                                    "{what}: row {t} of output {output}, NaN from the token on"
+                                );
+                                assert_eq!(
+                                    same(at),
+                                    t != token,
+                                    "{what}: row {t} of output {output}, NaN at the token"
+                                );
+                            } else {
+                                assert_eq!(same(at), t > token, "{what}: row {t} of output {output}, NaN at the token");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The references' gradients are those of the references' forward.
+#[test]
+fn gradients_match_finite_differences() -> Result<()> {
+    for layout in [TokensHeads, HeadsTokens] {
+        let shape = shape((2, 9, 4, 2, 8), F32, layout);
+        let values: [Vec<f64>; 4] = uniform(&shape).map(|x| x.into_iter().map(f64::from).collect());
+        let mut recording = Recording::new(&Caps::cpu());
+        let probe = build(&mut recording, &shape, &uniform(&shape), true)?;
+        let mut executor = CpuExecutor::<f64>::new(Arc::new(recording));
+        let mut evaluate = |values: &[Vec<f64>; 4]| -> Result<Vec<Vec<f64>>> {
+            for ((tensor, _), values) in probe.inputs.iter().zip(values) {
+                executor.set(*tensor, values)?;
+            }
+            executor.run()?;
+            probe.outputs.iter().map(|&tensor| executor.get(tensor)).collect()
+        };
+        let gradients = evaluate(&values)?;
+        for (tensor, gradient) in gradients[2..].iter().enumerate() {
+            for i in (0..gradient.len()).step_by(13) {
+                let mut loss = |step: f64| -> Result<f64> {
+                    let mut values = values.clone();
+                    values[tensor][i] += step;
+                    let o: &[f64] = &evaluate(&values)?[0];
+                    Ok(o.iter().zip(&values[3]).map(|(o, d_o)| o * d_o).sum())
+                };
+                let difference = (loss(1e-5)? - loss(-1e-5)?) / 2e-5;
+                approx::assert_abs_diff_eq!(gradient[i], difference, epsilon = 1e-8);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn dispatches(recording: &Recording) -> usize {
+    recording.commands().iter().map(|command| format!("{command:?}").matches("Dispatch {").count()).sum()
+}
+
+/// Bindings too small for the batch and dispatches too long for the watchdog are cut, and the bits stay.
+#[test]
+fn cut_runs_give_the_same_bits() -> Result<()> {
+    for (element, layout) in [(F32, TokensHeads), (F16, HeadsTokens)] {
+        // A batch entry of every tensor is a multiple of 256 bytes, which any device can bind.
+        let shape = shape((3, 192, 2, 1, 16), element, layout);
+        let values = uniform(&shape);
+        let case = |recording: &mut Recording| build(recording, &shape, &values, true);
+        for device in devices() {
+            let whole = device.gpu.caps();
+            let expected = run(Some((device, whole)), &case)?;
+            let entry = (shape.tokens * shape.heads * shape.head_dim) as u64 * element.bytes();
+            let sliced = |entries: u64| {
+                let mut caps = whole.clone();
+                caps.limits.max_storage_buffer_binding_size = entries;
+                caps
+            };
+            for (caps, least) in [
+                (sliced(2 * entry), 4 * 2),
+                (sliced(entry), 4 * 3),
+                (Caps { work_per_dispatch: 1, ..sliced(entry) }, 3 * (1 + 6 + 6 + 6)),
+                (Caps { work_per_dispatch: 3_000_000, ..whole.clone() }, 4 + 3),
+            ] {
+                let mut recording = Recording::new(&caps);
+                case(&mut recording)?;
+                assert!(dispatches(&recording) >= least, "{} dispatches of at least {least}", dispatches(&recording));
+                for (expected, got) in expected.iter().zip(run(Some((device, &caps)), &case)?) {
+                    assert!(same_bits(expected, &got), "{shape:?} on {}, {}", device.adapter, device.tier);
+                }
+            }
+            let refused = run(Some((device, &sliced(entry - 1))), &case);
+            assert!(
+                matches!(refused, Err(Error::Limit { limit: "max_storage_buffer_binding_size", .. })),
+                "{refused:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Outputs go where the caller wants them, and wrong tensors are refused by name.
+#[test]
+fn the_caller_can_supply_the_outputs() -> Result<()> {
+    let shape = shape((1, 33, 2, 1, 16), F32, TokensHeads);
+    let mut recording = Recording::new(&Caps::default());
+    let mut external = |name: &str, axes: [usize; 4]| recording.external(name, F32, &axes);
+    let [q, o, d_o, dq] =
+        [external("q", shape.q())?, external("o", shape.q())?, external("d_o", shape.q())?, external("dq", shape.q())?];
+    let [k, v, dk, dv] = [
+        external("k", shape.kv())?,
+        external("v", shape.kv())?,
+        external("dk", shape.kv())?,
+        external("dv", shape.kv())?,
+    ];
+    let forward = flash::record_forward(&mut recording, &shape, [q, k, v], Some(o))?;
+    assert_eq!(forward.o, o);
+    let into = flash::FlashGradients { dq, dk, dv };
+    let out = flash::record_backward(&mut recording, &shape, [q, k, v], &forward, d_o, Some(into))?;
+    assert_eq!([out.dq, out.dk, out.dv], [dq, dk, dv]);
+
+    let refusal = |e: Result<flash::FlashForward>| e.err().map(|e| e.to_string()).unwrap_or_default();
+    let message = refusal(flash::record_forward(&mut recording, &shape, [q, q, v], None));
+    assert!(message.contains("as k it must hold"), "{message}");
+    let message = refusal(flash::record_forward(&mut recording, &shape, [q, k, v], Some(dk)));
+    assert!(message.contains("as o it must hold"), "{message}");
+    let bad = FlashShape { head_dim: 20, ..shape };
+    let message = refusal(flash::record_forward(&mut recording, &bad, [q, k, v], None));
+    assert!(message.contains("head_dim = 20"), "{message}");
+    Ok(())
 }

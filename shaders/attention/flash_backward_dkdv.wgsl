@@ -6,6 +6,7 @@
 // over tiles of BLOCK_M queries from the diagonal on; so a kv head's gradients are summed in a fixed order. BLOCK_M,
 // BLOCK_N: host constants, as those of shared/tile; strides as in flash_forward.
 
+#import shared/exponent
 #import shared/grid
 #import shared/tile
 
@@ -101,7 +102,7 @@ fn main(
             #for i in 0..4
             {
                 let seen = (vec4<u32>(key + $iu) <= query) & (query <= last);
-                let weights = exp2(scores[$i] * (params.scale * LOG2_E) - row_lse);
+                let weights = exp2_or_nan(scores[$i] * (params.scale * LOG2_E) - row_lse);
                 d_scores[$i] = select(vec4<f32>(0.0), weights * (d_scores[$i] - row_delta), seen);
                 scores[$i] = select(vec4<f32>(0.0), weights, seen);
             }

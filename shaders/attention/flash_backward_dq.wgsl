@@ -5,6 +5,7 @@
 // One workgroup per (batch, head, block of BLOCK_M queries) streams over tiles of BLOCK_N keys. BLOCK_M, BLOCK_N: host
 // constants, as those of shared/tile; strides as in flash_forward.
 
+#import shared/exponent
 #import shared/grid
 #import shared/tile
 
@@ -94,8 +95,9 @@ fn main(
         var d_scores: array<vec4<f32>, 4>;
         #for i in 0..4
         {
-            let weights = exp2(scores[$i] * (params.scale * LOG2_E) - row_lse[$i]);
-            d_scores[$i] = select(vec4<f32>(0.0), weights * (d_weights[$i] - row_delta[$i]), key <= vec4<u32>(query + $iu));
+            let weights = exp2_or_nan(scores[$i] * (params.scale * LOG2_E) - row_lse[$i]);
+            let d_score = weights * (d_weights[$i] - row_delta[$i]);
+            d_scores[$i] = select(vec4<f32>(0.0), d_score, key <= vec4<u32>(query + $iu));
         }
         #end
         add_weighted_rows(&sums, d_scores, first_query, keys, crossed, invocation);

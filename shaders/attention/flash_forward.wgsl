@@ -6,6 +6,7 @@
 //
 // BLOCK_M, BLOCK_N: host constants, as those of shared/tile.
 
+#import shared/exponent
 #import shared/grid
 #import shared/tile
 
@@ -72,7 +73,7 @@ fn main(
     let group = invocation / LANES;
     let lane = invocation % LANES;
     let query = first_query + 4u * group;
-    // By kept row i. The maximum starts finite, so that no difference of two infinities arises where nothing is infinite.
+    // By kept row i. The maximum starts finite: a difference of two infinities would be NaN.
     var maximum = vec4<f32>(LOWEST);
     var partial_sum = vec4<f32>(0.0);
     var sums: Sums;
@@ -96,7 +97,7 @@ fn main(
         partial_sum *= rescale;
         #for i in 0..4
         {
-            let weights = exp2(scores[$i] - largest[$i]);
+            let weights = exp2_or_nan(scores[$i] - largest[$i]);
             scores[$i] = select(vec4<f32>(0.0), weights, key <= vec4<u32>(query + $iu));
             partial_sum[$i] += scores[$i].x + scores[$i].y + scores[$i].z + scores[$i].w;
         }
@@ -104,7 +105,8 @@ fn main(
         sums[$su * 4u + $iu] *= rescale[$i];
         #end
         #end
-        add_weighted_rows(&sums, scores, first_query, Rows(2u, kv_base, params.kv_token_stride, first_key), crossed, invocation);
+        let values = Rows(2u, kv_base, params.kv_token_stride, first_key);
+        add_weighted_rows(&sums, scores, first_query, values, crossed, invocation);
     }
 
     workgroupBarrier();
@@ -114,6 +116,7 @@ fn main(
     for (var other = 0u; other < LANES; other++) {
         sum += tile[group * LANES + other];
     }
+    let row_lse = (maximum + log2_or_nan(sum)) * LN_2;
     #for i in 0..4
     if (query + $iu < params.tokens) {
         let row = (base + (query + $iu) * params.token_stride) * COLUMNS;
@@ -123,7 +126,7 @@ fn main(
         }
         #end
         if (lane == 0u) {
-            lse[(batch * params.heads + head) * params.tokens + query + $iu] = (maximum[$i] + log2(sum[$i])) * LN_2;
+            lse[(batch * params.heads + head) * params.tokens + query + $iu] = row_lse[$i];
         }
     }
     #end

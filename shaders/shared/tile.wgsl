@@ -6,8 +6,9 @@
 // neighbouring streamed rows (an odd stride, so no bank conflict). Its 4 x 4 part of a tile is an array over i of
 // vectors over j.
 //
-// Host constants: HEAD_DIM, CHUNK, STAGES, STRIPS and SUMS, their product. The kernel declares KEPT_ROWS, STREAMED_ROWS, params.tokens,
-// `load(tensor, at)` for four elements of a tensor as f32, and `attends(kept, streamed)` for the mask by token.
+// Host constants: HEAD_DIM, CHUNK, STAGES, STRIPS and SUMS, the product of the last two. The kernel declares KEPT_ROWS,
+// STREAMED_ROWS, params.tokens, `load(tensor, at)` for four elements of a tensor as f32, and `attends(kept, streamed)`
+// for the mask by token.
 
 const COLUMNS: u32 = HEAD_DIM / 4u;
 const LANES: u32 = STREAMED_ROWS / 4u;
@@ -26,7 +27,8 @@ const STAGED_START: u32 = KEPT_ROWS * LANES;
 const TILE: u32 = max((KEPT_ROWS + STREAMED_ROWS) * STRIDE, STAGED_START + 4u * STAGED_LANES * STAGED_COLUMNS);
 var<workgroup> tile: array<vec4<f32>, TILE>;
 
-// Rows of one head of a tensor: token t is row `base + stride * t` of HEAD_DIM elements; the tile begins at token `first`.
+// Rows of one head of a tensor: token t is row `base + stride * t` of HEAD_DIM elements. The tile begins at token
+// `first`.
 struct Rows {
     tensor: u32,
     base: u32,
@@ -108,10 +110,24 @@ fn add_weighted_rows(
             tile[STAGED_START + n] = load_row(streamed, streamed_row, column);
         }
         workgroupBarrier();
-        #for masked in 0..2
-        if (crossed == ($masked == 1)) {
+        if (crossed) {
+            for (var row = 0u; row < 4u * STAGED_LANES; row++) {
+                let streamed_lane = first_lane + row % STAGED_LANES;
+                let j = row / STAGED_LANES;
+                #for strip in 0..STRIPS
+                let strip$strip = tile[STAGED_START + row * STAGED_COLUMNS + $stripu * LANES + lane];
+                #end
+                #for i in 0..4
+                if (attends(kept + $iu, streamed.first + streamed_lane + LANES * j)) {
+                    let weight = tile[(4u * group + $iu) * LANES + streamed_lane][j];
+                    #for strip in 0..STRIPS
+                    (*sums)[($stageu * STRIPS + $stripu) * 4u + $iu] += weight * strip$strip;
+                    #end
+                }
+                #end
+            }
+        } else {
             for (var staged_lane = 0u; staged_lane < STAGED_LANES; staged_lane++) {
-                let row = streamed.first + first_lane + staged_lane;
                 #for i in 0..4
                 let weights$i = tile[(4u * group + $iu) * LANES + first_lane + staged_lane];
                 #end
@@ -123,16 +139,13 @@ fn add_weighted_rows(
                     #end
                     #for i in 0..4
                     #for j in 0..4
-                    if ($masked == 0 || attends(kept + $iu, row + $ju * LANES)) {
-                        (*sums)[($stageu * STRIPS + $stripu) * 4u + $iu] += weights$i[$j] * row$j;
-                    }
+                    (*sums)[($stageu * STRIPS + $stripu) * 4u + $iu] += weights$i[$j] * row$j;
                     #end
                     #end
                 }
                 #end
             }
         }
-        #end
     }
     #end
 }

@@ -48,6 +48,7 @@ shaders! {
     "nn/swiglu_backward",
     "shared/adamw",
     "shared/cross_entropy",
+    "shared/exponent",
     "shared/gemm",
     "shared/grid",
     "shared/pyramid",
