@@ -2,14 +2,18 @@
 
 use std::sync::OnceLock;
 
+use lighthouse_attention::stage::flash::{self, FlashShape};
 use lighthouse_attention::stage::{gather, pool_score, scatter, select};
-use lighthouse_attention::{Element, Error, LighthouseConfig, Recording, Result, Shape, Tensor};
+use lighthouse_attention::{Element, Error, LighthouseAttention, LighthouseConfig, Recording, Result, Shape, Tensor};
 
 use super::golden::Case;
-use super::{Aspect, Expected, Outcome, Probe, Target, compare, data, devices, expect};
+use super::{Aspect, Expected, Outcome, Probe, Target, Values, compare, data, devices, expect, largest, max_error};
 
 /// Records one problem of a check.
 type Record = fn(&mut Recording, &Problem) -> Result<Probe>;
+
+/// Looks at a property of a target's own results.
+type Measure = fn(&Target, &Problem) -> Result<Vec<Outcome>>;
 
 /// What a check computes on: a config and a shape, with the seed of the inputs.
 #[derive(Clone, Debug)]
@@ -19,37 +23,72 @@ pub struct Problem {
     pub seed: u64,
 }
 
+fn problem(
+    (levels, pooling, top_k, chunk): (usize, usize, usize, usize),
+    (batch, tokens, heads, kv_heads, head_dim): (usize, usize, usize, usize, usize),
+    element: Element,
+) -> Problem {
+    let config = LighthouseConfig { levels, pooling, top_k, chunk };
+    let shape = Shape { batch, tokens, heads, kv_heads, head_dim, element };
+    Problem { config, shape, seed: tokens as u64 }
+}
+
 /// The spread of spec section 9: tokens that nothing divides, GQA and MQA, levels 2 to 5, pooling 2, 4 and 8, budgets
 /// that take a few entries and all.
 fn problems(element: Element) -> Vec<Problem> {
-    let problem = |(levels, pooling, top_k, chunk), (batch, tokens, heads, kv_heads, head_dim)| Problem {
-        config: LighthouseConfig { levels, pooling, top_k, chunk },
-        shape: Shape { batch, tokens, heads, kv_heads, head_dim, element },
-        seed: tokens as u64,
-    };
     vec![
-        problem((2, 2, 8, 4), (1, 128, 1, 1, 8)),
-        problem((2, 4, 16, 4), (2, 277, 4, 2, 24)),
-        problem((3, 4, 32, 8), (1, 501, 3, 1, 64)),
-        problem((4, 2, 32, 16), (1, 333, 2, 2, 128)),
-        problem((5, 2, 16, 8), (1, 250, 2, 1, 40)),
-        problem((3, 8, 128, 128), (1, 700, 1, 1, 256)),
+        problem((2, 2, 8, 4), (1, 128, 1, 1, 8), element),
+        problem((2, 4, 16, 4), (2, 277, 4, 2, 24), element),
+        problem((3, 4, 32, 8), (1, 501, 3, 1, 64), element),
+        problem((4, 2, 32, 16), (1, 333, 2, 2, 128), element),
+        problem((5, 2, 16, 8), (1, 250, 2, 1, 40), element),
+        problem((3, 8, 128, 128), (1, 700, 1, 1, 256), element),
     ]
+}
+
+/// The same for L = 1.
+fn dense_problems(element: Element) -> Vec<Problem> {
+    let one_level = (1, 2, 2, 2);
+    vec![
+        problem(one_level, (1, 1, 1, 1, 8), element),
+        problem(one_level, (2, 65, 4, 2, 24), element),
+        problem(one_level, (1, 301, 3, 1, 64), element),
+        problem(one_level, (1, 130, 2, 2, 128), element),
+        problem(one_level, (1, 97, 2, 1, 256), element),
+    ]
+}
+
+/// Problems of both kinds that are quick, for checks that run them in many variants.
+fn small_problems(element: Element) -> Vec<Problem> {
+    vec![problem((3, 2, 16, 4), (1, 157, 4, 2, 16), element), problem((1, 2, 2, 2), (1, 157, 4, 2, 16), element)]
 }
 
 /// All checks, those of the stages in the order of the layer's forward and backward.
 pub fn table() -> Vec<Check> {
     let mut table = Vec::new();
     for element in [Element::F32, Element::F16] {
-        let mut check = |name: &str, factor, record: Record| {
-            table.push(Check::reference(format!("{name} {element}"), factor, record, problems(element)));
+        let name = |name: &str| format!("{name} {element}");
+        let mut stage = |check: &str, factor, record: Record| {
+            table.push(Check::reference(name(check), factor, record, problems(element)));
         };
-        check("pool_score", FORWARD, pool_score);
-        check("select", FORWARD, select);
-        check("gather", FORWARD, gather);
-        check("scatter", FORWARD, scatter);
-        check("scatter backward", BACKWARD, scatter_backward);
-        check("gather backward", BACKWARD, gather_backward);
+        stage("pool_score", FORWARD, pool_score);
+        stage("select", FORWARD, select);
+        stage("gather", FORWARD, gather);
+        stage("flash", FORWARD, flash);
+        stage("scatter", FORWARD, scatter);
+        stage("scatter backward", BACKWARD, scatter_backward);
+        stage("flash backward", BACKWARD, flash_backward);
+        stage("gather backward", BACKWARD, gather_backward);
+        stage("layer", FORWARD, layer);
+        stage("layer backward", BACKWARD, layer_backward);
+        let mut dense = |check: &str, factor, record: Record| {
+            table.push(Check::reference(name(check), factor, record, dense_problems(element)));
+        };
+        dense("dense layer", FORWARD, layer);
+        dense("dense layer backward", BACKWARD, layer_backward);
+        table.push(Check::reference(name("equal scores"), BACKWARD, equal_scores, small_problems(element)));
+        table.push(Check::property(name("causality"), causality, small_problems(element)));
+        table.push(Check::property(name("NaN and infinity"), non_finite, small_problems(element)));
     }
     table
 }
@@ -164,6 +203,193 @@ fn gather_backward(recording: &mut Recording, problem: &Problem) -> Result<Probe
     Ok(probe)
 }
 
+fn flash(recording: &mut Recording, problem: &Problem) -> Result<Probe> {
+    let mut probe = Probe::default();
+    let (shape, from) = flash_inputs(recording, &mut probe, problem)?;
+    let out = flash::record_forward(recording, &shape, from, None)?;
+    probe.outputs(recording, &[out.o, out.lse])?;
+    Ok(probe)
+}
+
+/// Attention over the sub-sequence, on inputs that are not gathered ones: every row has weights of its own.
+fn flash_inputs(recording: &mut Recording, probe: &mut Probe, problem: &Problem) -> Result<(FlashShape, [Tensor; 3])> {
+    let shape = FlashShape::gathered(&problem.shape, problem.config.pyramid(problem.shape.tokens)?.gathered);
+    let mut input = |name, tensor, dims: &[usize]| input(recording, probe, problem, name, tensor, dims);
+    Ok((shape, [input("q", 0, &shape.q())?, input("k", 1, &shape.kv())?, input("v", 2, &shape.kv())?]))
+}
+
+fn flash_backward(recording: &mut Recording, problem: &Problem) -> Result<Probe> {
+    let mut probe = Probe::default();
+    let (shape, from) = flash_inputs(recording, &mut probe, problem)?;
+    let d_o = input(recording, &mut probe, problem, "d_o", 3, &shape.q())?;
+    let forward = flash::record_forward(recording, &shape, from, None)?;
+    let out = flash::record_backward(recording, &shape, from, &forward, d_o, None)?;
+    probe.outputs(recording, &[out.dq, out.dk, out.dv])?;
+    Ok(probe)
+}
+
+fn layer(recording: &mut Recording, problem: &Problem) -> Result<Probe> {
+    let mut probe = Probe::default();
+    let from = inputs(recording, &mut probe, problem)?;
+    let forward = LighthouseAttention::new(problem.config, problem.shape)?.record_forward(recording, from)?;
+    let selection = forward.selection.map(|selection| selection.indices);
+    probe.outputs(recording, &Vec::from_iter(selection))?;
+    probe.outputs(recording, &[forward.o])?;
+    Ok(probe)
+}
+
+fn layer_backward(recording: &mut Recording, problem: &Problem) -> Result<Probe> {
+    let values = |tensor, dims: &[usize]| match tensor {
+        3 => data::tensor(problem.seed, tensor, dims),
+        _ => data::exact(problem.seed, tensor, dims),
+    };
+    let mut probe = Probe::default();
+    whole_layer(recording, &mut probe, problem, values)?;
+    // The forward is a check of its own, by a bound of its own.
+    probe.outputs.drain(..probe.outputs.len() - 3);
+    Ok(probe)
+}
+
+/// Records a layer forward and backward on `values(t, shape)`, t being 0 for q, 1 for k, 2 for v and 3 for d_o. Outputs
+/// are the indices where there are any, o, dq, dk and dv.
+fn whole_layer(
+    recording: &mut Recording,
+    probe: &mut Probe,
+    problem: &Problem,
+    values: impl Fn(u64, &[usize]) -> Vec<f32>,
+) -> Result<()> {
+    let shape = &problem.shape;
+    let mut input =
+        |name, tensor, dims: [usize; 4]| probe.input(recording, name, shape.element, &dims, values(tensor, &dims));
+    let from = [input("q", 0, shape.q())?, input("k", 1, shape.kv())?, input("v", 2, shape.kv())?];
+    let d_o = input("d_o", 3, shape.q())?;
+    let layer = LighthouseAttention::new(problem.config, *shape)?;
+    let forward = layer.record_forward(recording, from)?;
+    let gradients = layer.record_backward(recording, &forward, d_o)?;
+    probe.outputs(recording, &Vec::from_iter(forward.selection.map(|selection| selection.indices)))?;
+    probe.outputs(recording, &[forward.o, gradients.dq, gradients.dk, gradients.dv])
+}
+
+/// All tokens have the same norm, so that nothing but the tie rule selects.
+fn equal_scores(recording: &mut Recording, problem: &Problem) -> Result<Probe> {
+    let values = |tensor, dims: &[usize]| {
+        let values = data::tensor(problem.seed, tensor, dims).into_iter();
+        if tensor < 2 { values.map(|x| 0.5f32.copysign(x)).collect() } else { values.collect() }
+    };
+    let mut probe = Probe::default();
+    whole_layer(recording, &mut probe, problem, values)?;
+    Ok(probe)
+}
+
+/// A named count of what must not be.
+fn none_of(output: impl Into<String>, count: usize) -> Outcome {
+    Outcome { aspect: Aspect::Values, output: output.into(), error: count as f64, allowed: 0.0 }
+}
+
+/// The names of [`whole_layer`]'s float outputs.
+const RESULTS: [&str; 4] = ["o", "dq", "dk", "dv"];
+
+/// The float outputs of [`whole_layer`], run on a target.
+fn results(target: &Target, problem: &Problem, values: &dyn Fn(u64, &[usize]) -> Vec<f32>) -> Result<Vec<Vec<f32>>> {
+    let outputs = target.run(&|recording| {
+        let mut probe = Probe::default();
+        whole_layer(recording, &mut probe, problem, values)?;
+        Ok(probe)
+    })?;
+    let floats = outputs.into_iter().filter_map(|values| match values {
+        Values::Float(values) => Some(values),
+        Values::Index(_) => None,
+    });
+    Ok(floats.collect())
+}
+
+/// No output depends on later tokens, with the indices held fixed (spec section 9): later tokens of q and k change their
+/// signs, which keeps all norms, and those of v their values; o keeps its bits. Where d_o is 0 from a token on, so are
+/// all gradients.
+fn causality(target: &Target, problem: &Problem) -> Result<Vec<Outcome>> {
+    let tokens = problem.shape.tokens;
+    let mut outcomes = Vec::new();
+    for cut in [1, tokens / 2, tokens - 1] {
+        // One batch entry: an element's token is its place in the tensor.
+        let later = |i: usize, len: usize| i >= cut * (len / tokens);
+        let values = |changed: bool| {
+            move |tensor, dims: &[usize]| {
+                let mut values = data::exact(problem.seed, tensor, dims);
+                let len = values.len();
+                let late = values.iter_mut().enumerate().filter(|(i, _)| later(*i, len)).map(|(_, x)| x);
+                match tensor {
+                    0 | 1 if changed => late.for_each(|x| *x = -*x),
+                    2 if changed => late.for_each(|x| *x += 1.0),
+                    3 => late.for_each(|x| *x = 0.0),
+                    _ => {}
+                }
+                values
+            }
+        };
+        let (before, after) = (results(target, problem, &values(false))?, results(target, problem, &values(true))?);
+        let pairs = before[0].iter().zip(&after[0]).enumerate();
+        let differs = pairs.filter(|(_, (a, b))| a.to_bits() != b.to_bits()).map(|(i, _)| i);
+        let (late, early): (Vec<usize>, Vec<usize>) = differs.partition(|&i| later(i, before[0].len()));
+        outcomes.push(none_of(format!("o before token {cut}"), early.len()));
+        // Otherwise this would check nothing.
+        outcomes.push(none_of(format!("no change of o from token {cut} on"), usize::from(late.is_empty())));
+        for (name, values) in RESULTS.iter().zip(&before).skip(1) {
+            let count = values.iter().enumerate().filter(|(i, x)| later(*i, values.len()) && **x != 0.0).count();
+            outcomes.push(none_of(format!("{name} from token {cut} on"), count));
+        }
+    }
+    Ok(outcomes)
+}
+
+/// What depends on a NaN or an infinity is not finite: what the f64 reference says so of, is so on every target.
+fn non_finite(target: &Target, problem: &Problem) -> Result<Vec<Outcome>> {
+    let tokens = problem.shape.tokens;
+    let mut outcomes = Vec::new();
+    for (tensor, input) in ["q", "k", "v", "d_o"].into_iter().enumerate() {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let values = |t: u64, dims: &[usize]| {
+                let mut values = data::exact(problem.seed, t, dims);
+                if t == tensor as u64 {
+                    let middle = tokens / 2 * (values.len() / tokens);
+                    values[middle] = value;
+                }
+                values
+            };
+            let (truth, got) = (results(&Target::CpuF64, problem, &values)?, results(target, problem, &values)?);
+            for (name, (truth, got)) in RESULTS.iter().zip(truth.iter().zip(&got)) {
+                let count = truth.iter().zip(got).filter(|(truth, got)| !truth.is_finite() && got.is_finite()).count();
+                outcomes.push(none_of(format!("finite {name} of a {value} in {input}"), count));
+            }
+        }
+    }
+    Ok(outcomes)
+}
+
+/// A golden case's outcomes: indices exactly, float32 values within 5e-6 times the tensor's largest magnitude, at
+/// least 1.
+fn golden(target: &Target, case: &Case) -> Result<Vec<Outcome>> {
+    let problem = Problem { config: case.config, shape: case.shape, seed: case.seed };
+    let outputs = target.run(&|recording| {
+        let mut probe = Probe::default();
+        whole_layer(recording, &mut probe, &problem, |tensor, dims| data::tensor(case.seed, tensor, dims))?;
+        Ok(probe)
+    })?;
+    let mut results = case.results.iter();
+    let outcomes = outputs.into_iter().filter_map(|values| match (values, &case.indices) {
+        (Values::Index(got), Some(expected)) => {
+            Some(none_of("indices", expected.iter().zip(&got).filter(|(a, b)| a != b).count()))
+        }
+        (Values::Index(_), None) => None,
+        (Values::Float(got), _) => results.next().map(|(name, expected)| {
+            let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
+            let error = max_error(&expected, &case.pick(got));
+            let allowed = 5e-6 * largest(&expected).max(1.0);
+            Outcome { aspect: Aspect::Values, output: (*name).into(), error, allowed }
+        }),
+    });
+    Ok(outcomes.collect())
+}
+
 /// A check by its name. A conformance run has a row for each, on each adapter and tier.
 pub struct Check {
     pub name: String,
@@ -173,6 +399,8 @@ pub struct Check {
 enum Body {
     /// Against the float64 reference by the error rule.
     Reference { factor: f64, record: Record, problems: Vec<Problem>, expected: OnceLock<Result<Vec<Expected>>> },
+    /// Of a target's own results.
+    Property { measure: Measure, problems: Vec<Problem> },
     /// Against golden vectors.
     Golden(Box<Case>),
 }
@@ -180,6 +408,10 @@ enum Body {
 impl Check {
     fn reference(name: String, factor: f64, record: Record, problems: Vec<Problem>) -> Self {
         Self { name, body: Body::Reference { factor, record, problems, expected: OnceLock::new() } }
+    }
+
+    fn property(name: String, measure: Measure, problems: Vec<Problem>) -> Self {
+        Self { name, body: Body::Property { measure, problems } }
     }
 
     /// The check of a golden case.
@@ -203,7 +435,11 @@ impl Check {
                 });
                 outcomes.collect::<Result<Vec<_>>>().map(|outcomes| outcomes.concat())
             }
-            Body::Golden(_) => Ok(Vec::new()),
+            Body::Property { measure, problems } => {
+                let outcomes = problems.iter().map(|problem| measure(target, problem));
+                outcomes.collect::<Result<Vec<_>>>().map(|outcomes| outcomes.concat())
+            }
+            Body::Golden(case) => golden(target, case),
         }
     }
 }
