@@ -1,18 +1,30 @@
 //! What the tests share: devices, inputs, and the comparison of a recording on a device with the CPU's references.
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
+pub mod checks;
 pub mod data;
+pub mod golden;
 
 use std::sync::{Arc, OnceLock};
 
 use lighthouse_attention::gpu::{NO_DRIVER_HINT, adapters, parse_backends};
 use lighthouse_attention::{Caps, CpuExecutor, Element, Executor, Gpu, GpuExecutor, Recording, Result, Tensor, Tier};
 
-/// Values for an input tensor.
+/// A tensor's contents.
 #[derive(Clone, Debug)]
 pub enum Values {
     Float(Vec<f32>),
     Index(Vec<u32>),
+}
+
+impl Values {
+    /// The bits of the elements, NaN's included.
+    pub fn bits(&self) -> Vec<u32> {
+        match self {
+            Self::Float(values) => values.iter().map(|x| x.to_bits()).collect(),
+            Self::Index(values) => values.clone(),
+        }
+    }
 }
 
 /// A recording's inputs, and the outputs that are compared.
@@ -59,6 +71,25 @@ impl Probe {
         }
         Ok(())
     }
+
+    /// Sets the inputs.
+    fn write(&self, executor: &mut dyn Executor) -> Result<()> {
+        self.inputs.iter().try_for_each(|(tensor, values)| match values {
+            Values::Float(values) => executor.write(*tensor, values),
+            Values::Index(values) => executor.write_u32(*tensor, values),
+        })
+    }
+
+    /// Sets the inputs, runs, and reads the outputs.
+    fn run(&self, executor: &mut dyn Executor) -> Result<Vec<Values>> {
+        self.write(executor)?;
+        executor.run()?;
+        let read = |&tensor: &Tensor| match tensor.element() {
+            Element::U32 => executor.read_u32(tensor).map(Values::Index),
+            _ => executor.read(tensor).map(Values::Float),
+        };
+        self.outputs.iter().map(read).collect()
+    }
 }
 
 /// Records a case and says what goes in and what is compared.
@@ -78,7 +109,9 @@ pub fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let backend = std::env::var("LIGHTHOUSE_BACKEND").unwrap_or_else(|_| "all".into());
-        let devices = if backend == "cpu" { Vec::new() } else { open_devices(&backend) };
+        let adapters = open(&backend).unwrap_or_else(|e| panic!("LIGHTHOUSE_BACKEND, LIGHTHOUSE_TIER: {e}"));
+        let tiers = adapters.into_iter().flat_map(|(name, tiers)| tiers.unwrap_or_else(|e| panic!("{name}: {e}")));
+        let devices: Vec<Device> = tiers.collect();
         if devices.is_empty() {
             let message = format!("no adapter on backend {backend}: only the CPU is tested; {NO_DRIVER_HINT}");
             assert!(backend == "cpu" || std::env::var_os("CI").is_none(), "{message}");
@@ -88,25 +121,84 @@ pub fn devices() -> &'static [Device] {
     })
 }
 
-/// All devices of a backend's name.
-pub fn open_devices(backend: &str) -> Vec<Device> {
-    let forced: Option<Tier> = std::env::var("LIGHTHOUSE_TIER").ok().map(|tier| tier.parse().expect("LIGHTHOUSE_TIER"));
-    let mut devices = Vec::new();
-    for adapter in adapters(parse_backends(backend).expect("LIGHTHOUSE_BACKEND")) {
-        let gpu = Gpu::from_adapter(&adapter).expect("the adapter opens");
-        for tier in gpu.caps().tiers() {
-            if forced.is_none_or(|forced| forced == tier) {
-                let gpu = gpu.clone().with_tier(tier).expect("the tier is there");
-                devices.push(Device { adapter: gpu.name().to_owned(), gpu, tier });
-            }
+/// All adapters of a backend, or of `all`, with their tiers (one, if `LIGHTHOUSE_TIER` names it); `cpu` has none.
+///
+/// # Errors
+/// An unknown backend or tier; beside an adapter's name, what its driver says when it does not open.
+pub fn open(backend: &str) -> Result<Vec<(String, Result<Vec<Device>>)>> {
+    let forced: Option<Tier> = std::env::var("LIGHTHOUSE_TIER").ok().map(|tier| tier.parse()).transpose()?;
+    if backend == "cpu" {
+        return Ok(Vec::new());
+    }
+    let opened = adapters(parse_backends(backend)?).into_iter().map(|adapter| {
+        let tiers = Gpu::from_adapter(&adapter).and_then(|gpu| {
+            let tiers = gpu.caps().tiers().into_iter().filter(|&tier| forced.is_none_or(|forced| forced == tier));
+            let device = |tier| Ok(Device { adapter: gpu.name().to_owned(), gpu: gpu.clone().with_tier(tier)?, tier });
+            tiers.map(device).collect()
+        });
+        (adapter.get_info().name, tiers)
+    });
+    Ok(opened.collect())
+}
+
+/// Where a recording can run.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// The references in single precision, with storage rounding.
+    CpuF32,
+    /// The references in double precision.
+    CpuF64,
+    Gpu(Box<Device>),
+}
+
+impl Target {
+    pub fn adapter(&self) -> &str {
+        match self {
+            Self::CpuF32 | Self::CpuF64 => "CPU",
+            Self::Gpu(device) => &device.adapter,
         }
     }
-    devices
+
+    pub fn tier(&self) -> &'static str {
+        match self {
+            Self::CpuF32 => "f32",
+            Self::CpuF64 => "f64",
+            Self::Gpu(device) => device.tier.name(),
+        }
+    }
+
+    /// Records a case, runs it once and returns its outputs in order.
+    pub fn run(&self, build: Build<'_>) -> Result<Vec<Values>> {
+        let cpu = Caps::cpu();
+        let mut recording = Recording::new(match self {
+            Self::CpuF32 | Self::CpuF64 => &cpu,
+            Self::Gpu(device) => device.gpu.caps(),
+        });
+        let probe = build(&mut recording)?;
+        let recording = Arc::new(recording);
+        match self {
+            Self::CpuF32 => probe.run(&mut CpuExecutor::<f32>::new(recording)),
+            Self::CpuF64 => probe.run(&mut CpuExecutor::<f64>::new(recording)),
+            Self::Gpu(device) => probe.run(&mut GpuExecutor::new(&device.gpu, recording, &[])?),
+        }
+    }
+}
+
+/// What an outcome is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aspect {
+    /// The values: the largest difference, or how many indices differ.
+    Values,
+    /// How many elements have other bits in a second run.
+    SecondRun,
+    /// How many bytes past the end of the tensor were written.
+    Canary,
 }
 
 /// The outcome of one output's comparison.
 #[derive(Clone, Debug)]
 pub struct Outcome {
+    pub aspect: Aspect,
     pub output: String,
     pub error: f64,
     pub allowed: f64,
@@ -116,6 +208,11 @@ impl Outcome {
     pub fn passed(&self) -> bool {
         // False for NaN.
         self.error <= self.allowed
+    }
+
+    /// How much of what is allowed the error takes: more than 1 is a failure.
+    pub fn share(&self) -> f64 {
+        if self.error == 0.0 { 0.0 } else { self.error / self.allowed }
     }
 }
 
@@ -129,6 +226,25 @@ enum Truth {
     Index(Vec<u32>),
 }
 
+impl Expected {
+    /// The CPU in single precision against itself in double: there is no other machine to compare it with, so the
+    /// bound is a stated one, that of the golden vectors for f32 and eight roundings of the storage type for f16.
+    pub fn on_cpu(&self) -> Vec<Outcome> {
+        let outcome = |(output, tensor, truth): &(String, Tensor, Truth)| {
+            let (error, allowed) = match truth {
+                // `expect` has compared them.
+                Truth::Index(_) => (0.0, 0.0),
+                Truth::Float { exact, same_storage } => {
+                    let unit = if tensor.element() == Element::F16 { 8.0 * 2.0f64.powi(-11) } else { 5e-6 };
+                    (max_error(exact, same_storage), unit * largest(exact).max(1.0))
+                }
+            };
+            Outcome { aspect: Aspect::Values, output: output.clone(), error, allowed }
+        };
+        self.outputs.iter().map(outcome).collect()
+    }
+}
+
 /// Runs the CPU's part of a case.
 pub fn expect(build: Build<'_>) -> Result<Expected> {
     let mut recording = Recording::new(&Caps::cpu());
@@ -136,16 +252,10 @@ pub fn expect(build: Build<'_>) -> Result<Expected> {
     let recording = Arc::new(recording);
     let mut exact = CpuExecutor::<f64>::new(recording.clone());
     let mut single = CpuExecutor::<f32>::new(recording.clone());
-    for (tensor, values) in &probe.inputs {
-        for executor in [&mut exact as &mut dyn Executor, &mut single] {
-            match values {
-                Values::Float(values) => executor.write(*tensor, values)?,
-                Values::Index(values) => executor.write_u32(*tensor, values)?,
-            }
-        }
+    for executor in [&mut exact as &mut dyn Executor, &mut single] {
+        probe.write(executor)?;
+        executor.run()?;
     }
-    exact.run()?;
-    single.run()?;
     let mut outputs = Vec::new();
     for &tensor in &probe.outputs {
         let truth = match tensor.element() {
@@ -181,19 +291,23 @@ pub fn max_error(exact: &[f64], got: &[f32]) -> f64 {
     exact.iter().zip(got).map(error).fold(0.0, f64::max)
 }
 
+/// The largest finite magnitude.
+fn largest(values: &[f64]) -> f64 {
+    values.iter().filter(|x| x.is_finite()).fold(0.0, |largest, x| largest.max(x.abs()))
+}
+
 /// Units in the last place that storing alone may cost: the floor of the error rule. A driver may round to half by
 /// truncation, which is one unit of f16 where rounding to nearest is half of one.
 fn floor(element: Element, exact: &[f64]) -> f64 {
-    let largest = exact.iter().filter(|x| x.is_finite()).fold(0.0f64, |m, x| m.max(x.abs()));
     match element {
-        Element::F16 => largest * 2.0f64.powi(-10),
-        _ => largest * 2.0f64.powi(-22),
+        Element::F16 => largest(exact) * 2.0f64.powi(-10),
+        _ => largest(exact) * 2.0f64.powi(-22),
     }
 }
 
 /// Runs a case on a device and compares by the error rule (design section 6): at most `factor` times the error of the
 /// CPU in the same storage type, plus the floor; indices exactly. Also checks that two runs give the same bits, that
-/// every output was written (they and all scratch memory are poisoned) and that nothing past the tensors was.
+/// every output was written (they and all scratch memory are poisoned) and that nothing past the outputs was.
 pub fn compare(device: &Device, expected: &Expected, factor: f64, build: Build<'_>) -> Result<Vec<Outcome>> {
     const CANARY: usize = 64;
     let mut recording = Recording::new(device.gpu.caps());
@@ -214,6 +328,7 @@ pub fn compare(device: &Device, expected: &Expected, factor: f64, build: Build<'
         .collect();
     let mut executor = GpuExecutor::new(&device.gpu, recording.clone(), &buffers)?;
     let mut runs: Vec<Vec<Vec<u32>>> = Vec::new();
+    let mut past_the_end = vec![0; buffers.len()];
     for _ in 0..2 {
         for info in recording.tensors() {
             if let Ok(buffer) = executor.buffer(info.tensor) {
@@ -221,29 +336,15 @@ pub fn compare(device: &Device, expected: &Expected, factor: f64, build: Build<'
                 device.gpu.queue().write_buffer(buffer, 0, &vec![0xffu8; buffer.size() as usize]);
             }
         }
-        for (tensor, values) in &probe.inputs {
-            match values {
-                Values::Float(values) => executor.write(*tensor, values)?,
-                Values::Index(values) => executor.write_u32(*tensor, values)?,
-            }
+        runs.push(probe.run(&mut executor)?.iter().map(Values::bits).collect());
+        for ((_, buffer), past_the_end) in buffers.iter().zip(&mut past_the_end) {
+            *past_the_end += read_tail(&device.gpu, buffer, CANARY).iter().filter(|&&byte| byte != 0xff).count();
         }
-        executor.run()?;
-        let mut bits = Vec::new();
-        for (tensor, buffer) in &buffers {
-            bits.push(match tensor.element() {
-                Element::U32 => executor.read_u32(*tensor)?,
-                _ => executor.read(*tensor)?.into_iter().map(f32::to_bits).collect(),
-            });
-            let canary = read_tail(&device.gpu, buffer, CANARY);
-            assert!(canary.iter().all(|&byte| byte == 0xff), "{}: written past its end", recording.info(*tensor)?.name);
-        }
-        runs.push(bits);
     }
     let mut outcomes = Vec::new();
     for (i, (name, tensor, truth)) in expected.outputs.iter().enumerate() {
         let (first, second) = (&runs[0][i], &runs[1][i]);
         let differ = first.iter().zip(second).filter(|(a, b)| a != b).count();
-        assert_eq!(differ, 0, "{name}: elements whose bits differ between two runs");
         let (error, allowed) = match truth {
             Truth::Index(truth) => (truth.iter().zip(first).filter(|(a, b)| a != b).count() as f64, 0.0),
             Truth::Float { exact, same_storage } => {
@@ -251,7 +352,11 @@ pub fn compare(device: &Device, expected: &Expected, factor: f64, build: Build<'
                 (max_error(exact, &got), factor * max_error(exact, same_storage) + floor(tensor.element(), exact))
             }
         };
-        outcomes.push(Outcome { output: name.clone(), error, allowed });
+        let counted =
+            |aspect, count: usize| Outcome { aspect, output: name.clone(), error: count as f64, allowed: 0.0 };
+        outcomes.push(Outcome { aspect: Aspect::Values, output: name.clone(), error, allowed });
+        outcomes.push(counted(Aspect::SecondRun, differ));
+        outcomes.push(counted(Aspect::Canary, past_the_end[i]));
     }
     Ok(outcomes)
 }
@@ -281,9 +386,10 @@ pub fn check(case: &str, factor: f64, build: Build<'_>) {
         for outcome in outcomes {
             assert!(
                 outcome.passed(),
-                "{case} on {}, {}: {} errs by {:e}, allowed {:e}",
+                "{case} on {}, {}: {:?} of {}: {:e}, allowed {:e}",
                 device.adapter,
                 device.tier,
+                outcome.aspect,
                 outcome.output,
                 outcome.error,
                 outcome.allowed

@@ -1,0 +1,148 @@
+//! Checks this machine's adapters: every stage and both layers, forward and backward, against the CPU's float64
+//! references, or with `--golden DIR` against the golden vectors in a folder.
+//!
+//! Prints one row per adapter, tier and check. Exit status 1 if any fails, 2 if the arguments cannot be used.
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::error::Error;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::builder::PossibleValuesParser;
+use indicatif::{ProgressBar, ProgressStyle};
+use lighthouse_attention::Error as LighthouseError;
+use lighthouse_attention::gpu::NO_DRIVER_HINT;
+use serde_json::{Value, json};
+use support::checks::{Check, Row, Verdict, run, table};
+use support::{Target, golden, open};
+
+/// Checks this machine's adapters against the CPU's references.
+#[derive(Parser)]
+struct Arguments {
+    /// Which adapters [default: LIGHTHOUSE_BACKEND, else all]
+    #[arg(long, value_parser = PossibleValuesParser::new(["all", "cpu", "vulkan", "metal", "dx12", "gl"]))]
+    backend: Option<String>,
+    /// A folder with cases.toml and safetensors files: checks these and nothing else
+    #[arg(long, value_name = "DIR")]
+    golden: Option<PathBuf>,
+    /// Also writes the rows to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match conformance(&Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether all checks passed.
+fn conformance(arguments: &Arguments) -> Result<bool, Box<dyn Error>> {
+    let backend = arguments.backend.clone().or_else(|| std::env::var("LIGHTHOUSE_BACKEND").ok());
+    let backend = backend.unwrap_or_else(|| "all".into());
+    let checks = match &arguments.golden {
+        Some(dir) => golden::read(dir)?.into_iter().map(Check::golden).collect(),
+        None => table(),
+    };
+    // Created before the checks run, so that a path that cannot be written is known at once.
+    let json = arguments.json.as_deref().map(create).transpose()?;
+
+    let mut targets = vec![Target::CpuF32];
+    if arguments.golden.is_some() {
+        targets.push(Target::CpuF64);
+    }
+    let mut rows = Vec::new();
+    let adapters = open(&backend)?;
+    if adapters.is_empty() && !["all", "cpu"].contains(&backend.as_str()) {
+        return Err(LighthouseError::NoAdapter { backends: backend, hint: NO_DRIVER_HINT }.into());
+    }
+    if adapters.is_empty() {
+        eprintln!("no GPU adapter: checking the CPU only; {NO_DRIVER_HINT}");
+    }
+    for (adapter, devices) in adapters {
+        match devices {
+            Ok(devices) => targets.extend(devices.into_iter().map(|device| Target::Gpu(Box::new(device)))),
+            Err(error) => {
+                let verdict = Verdict::Broken(error.to_string());
+                rows.push(Row { adapter, tier: "-", check: "open".into(), verdict });
+            }
+        }
+    }
+
+    let names = targets.iter().map(Target::adapter).chain(rows.iter().map(|row| row.adapter.as_str()));
+    let width = names.map(str::len).max().unwrap_or(0);
+    println!("{:width$}  tier      {:30} {:>9} {:>9}  result", "adapter", "check", "error", "allowed");
+    rows.iter().for_each(|row| println!("{}", line(row, width)));
+    let bar = ProgressBar::new((targets.len() * checks.len()) as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len}, {elapsed}: {msg}")?);
+    for target in &targets {
+        let begin = |check: &str| {
+            bar.set_message(format!("{check}, {}, {}", target.tier(), target.adapter()));
+            bar.inc(1);
+        };
+        let done = |row: Row| {
+            bar.suspend(|| println!("{}", line(&row, width)));
+            rows.push(row);
+        };
+        run(&checks, target, begin, done);
+    }
+    bar.finish_and_clear();
+
+    let count = |word| rows.iter().filter(|row| row.verdict.word() == word).count();
+    let (passed, failed, skipped) = (count("pass"), count("fail"), count("skip"));
+    if let Some(file) = json {
+        let rows: Vec<Value> = rows.iter().map(object).collect();
+        let all = json!({ "rows": rows, "passed": passed, "failed": failed, "skipped": skipped });
+        serde_json::to_writer_pretty(file, &all)?;
+    }
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    Ok(failed == 0)
+}
+
+fn create(path: &Path) -> Result<File, String> {
+    File::create(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// A row as it is printed.
+fn line(row: &Row, width: usize) -> String {
+    let Row { adapter, tier, check, verdict } = row;
+    let result = verdict.word();
+    let head = format!("{adapter:width$}  {tier:9} {check:30}");
+    match verdict {
+        Verdict::Measured(outcome) => {
+            let output = if outcome.passed() { String::new() } else { format!(": {}", outcome.output) };
+            format!("{head} {:>9.1e} {:>9.1e}  {result}{output}", outcome.error, outcome.allowed)
+        }
+        Verdict::Skipped(reason) | Verdict::Broken(reason) => {
+            format!("{head} {:>9} {:>9}  {result}: {reason}", "-", "-")
+        }
+    }
+}
+
+/// A row for a machine; an error that is no number, such as that of an output which was never written, is null.
+fn object(row: &Row) -> Value {
+    let mut object = json!({
+        "adapter": row.adapter,
+        "tier": row.tier,
+        "check": row.check,
+        "result": row.verdict.word(),
+    });
+    match &row.verdict {
+        Verdict::Measured(outcome) => {
+            object["output"] = json!(outcome.output);
+            object["error"] = json!(outcome.error);
+            object["allowed"] = json!(outcome.allowed);
+        }
+        Verdict::Skipped(reason) | Verdict::Broken(reason) => object["reason"] = json!(reason),
+    }
+    object
+}
