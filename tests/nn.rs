@@ -107,8 +107,8 @@ fn rms_norm_matches_the_reference() {
                     let inverse = inputs.values("inverse_rms", Element::F32, &[rows], vec![1.7; rows])?;
                     let d_weight = inputs.output("d_weight", &[width])?;
                     let recording = &mut *inputs.recording;
-                    let d_x =
-                        rms_norm::record_backward(recording, &shape, x, weight, inverse, d_y, d_residual, d_weight)?;
+                    let saved = [x, weight, inverse];
+                    let d_x = rms_norm::record_backward(recording, &shape, saved, d_y, d_residual, d_weight)?;
                     inputs.compare(&[d_x, d_weight])
                 });
             }
@@ -289,6 +289,58 @@ fn adamw_matches_the_reference() {
     }
 }
 
+/// A whole step of a small model whose parameters are views into one tensor, as the trainer has them.
+#[test]
+fn parameters_can_be_views() {
+    let (rows, vocab, width) = (37, 16, 128);
+    for element in ELEMENTS {
+        check(&format!("a step in {element}"), 3.0, &|recording| {
+            let (table, norm_weight, output) = (0, vocab * width, (vocab + 1) * width);
+            let elements = (2 * vocab + 1) * width;
+            let mut inputs = Inputs::new(recording, 25);
+            let master = inputs.float("master", Element::F32, &[elements])?;
+            let m = inputs.float("m", Element::F32, &[elements])?;
+            let v = inputs.values("v", Element::F32, &[elements], vec![0.25; elements])?;
+            let schedule = inputs.values("schedule", Element::F32, &[8], schedule(1.0).encode().to_vec())?;
+            let decay = inputs.index("decay", (0..elements / BLOCK).map(|i| u32::from(i > vocab)).collect())?;
+            let ids = inputs.index("ids", ids(25, rows, vocab))?;
+            let gradient = inputs.output("gradient", &[elements])?;
+            let copy = match element {
+                Element::F32 => None,
+                _ => Some(inputs.float("weights", element, &[elements])?),
+            };
+            let recording = &mut *inputs.recording;
+            let mut parameter = |name: &str, start: usize, shape: &[usize]| -> Result<[Tensor; 2]> {
+                let weight = recording.view(name, copy.unwrap_or(master), start, shape)?;
+                Ok([weight, recording.view(format!("d_{name}"), gradient, start, shape)?])
+            };
+            let [table, d_table] = parameter("table", table, &[vocab, width])?;
+            let [norm_weight, d_norm_weight] = parameter("norm", norm_weight, &[width])?;
+            let [output, d_output] = parameter("output", output, &[vocab, width])?;
+
+            let embedding = EmbeddingShape { rows, vocab, width, element };
+            let norm = RmsNormShape { rows, width, element };
+            let linear = LinearShape { rows, inputs: width, outputs: vocab, element };
+            let x = embedding::record_forward(recording, &embedding, ids, table)?;
+            let y = rms_norm::record_forward(recording, &norm, x, norm_weight)?;
+            let logits = linear::record_forward(recording, &linear, y.y, output, None)?;
+            let shape = CrossEntropyShape { rows, vocab, element };
+            let out = cross_entropy::record_forward_backward(recording, &shape, logits, ids, 8.0)?;
+            linear::record_backward_weight(recording, &linear, out.d_logits, y.y, d_output)?;
+            let d_y = linear::record_backward_input(recording, &linear, out.d_logits, output, None)?;
+            let saved = [x, norm_weight, y.inverse_rms];
+            let d_x = rms_norm::record_backward(recording, &norm, saved, d_y, None, d_norm_weight)?;
+            embedding::record_backward(recording, &embedding, ids, d_x, d_table)?;
+            let norm = grad_norm::record(recording, gradient)?;
+            let tensors = AdamWTensors { master, gradient, m, v, weights: copy, schedule, norm, decay };
+            adamw::record(recording, &AdamW::default(), &tensors)?;
+            let mut outputs = vec![out.loss, gradient, norm, master, m, v];
+            outputs.extend(copy);
+            inputs.compare(&outputs)
+        });
+    }
+}
+
 /// A recording's inputs, the number of its commands that are the forward, the forward's output y with the gradient that
 /// the backward starts from, and the inputs with the gradients that it gives.
 struct Gradients {
@@ -365,7 +417,7 @@ fn gradients_match_finite_differences() {
         let d_y = inputs.float("d_y", element, &[5, 24])?;
         let d_w = inputs.output("d_weight", &[24])?;
         let norm = rms_norm::record_forward(inputs.recording, &shape, x, weight)?;
-        let d_x = rms_norm::record_backward(inputs.recording, &shape, x, weight, norm.inverse_rms, d_y, None, d_w)?;
+        let d_x = rms_norm::record_backward(inputs.recording, &shape, [x, weight, norm.inverse_rms], d_y, None, d_w)?;
         Ok(Gradients { probe: inputs.probe, forward: 1, y: norm.y, d_y, pairs: vec![(x, d_x), (weight, d_w)] })
     });
     gradients_match("linear", &|recording| {

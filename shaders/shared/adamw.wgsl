@@ -1,6 +1,7 @@
 // AdamW (Loshchilov and Hutter, 2019) with clipping by the global norm, over all parameters at once. One invocation
 // updates four. A step whose gradient has no finite norm changes nothing.
 //
+// BLOCK: host constant.
 // The kernel declares the binding `weights`, if there is one, and `store(at, master)`.
 
 #import shared/grid
@@ -27,7 +28,7 @@ struct Schedule {
 
 @group(0) @binding(0) var<storage, read> schedule: Schedule;                 // [8]
 @group(0) @binding(1) var<storage, read> norm: array<f32>;                   // [1]
-@group(0) @binding(2) var<storage, read> decay: array<u32>;                  // [elements / 64], 0 or 1
+@group(0) @binding(2) var<storage, read> decay: array<u32>;                  // [elements / BLOCK], 0 or 1
 @group(0) @binding(3) var<storage, read> gradient: array<vec4<f32>>;         // [elements]
 @group(0) @binding(4) var<storage, read_write> master: array<vec4<f32>>;     // [elements]
 @group(0) @binding(5) var<storage, read_write> m: array<vec4<f32>>;          // [elements]
@@ -60,7 +61,7 @@ fn main(
         let first = params.beta1 * m[at] + (1.0 - params.beta1) * g;
         let second = params.beta2 * v[at] + (1.0 - params.beta2) * g * g;
         let step = (first / schedule.correction1) / (sqrt(second / schedule.correction2) + params.epsilon);
-        weight -= schedule.learning_rate * (step + schedule.weight_decay * f32(decay[at / 16u]) * weight);
+        weight -= schedule.learning_rate * (step + schedule.weight_decay * f32(decay[at * 4u / BLOCK]) * weight);
         m[at] = first;
         v[at] = second;
         master[at] = weight;

@@ -371,9 +371,7 @@ impl Model {
         let mut d_x = rms_norm::record_backward(
             recording,
             &config.norm(),
-            x,
-            views.weight(self.final_norm)?,
-            norm.inverse_rms,
+            [x, views.weight(self.final_norm)?, norm.inverse_rms],
             d_norm,
             None,
             views.gradient(self.final_norm)?,
@@ -468,17 +466,9 @@ impl Model {
             linear::record_backward_input(recording, &shape, d_y, views.weight(parameter)?, add)
         };
         let norm = |recording: &mut Recording, parameter, x, norm: RmsNorm, d_y, d_residual| {
-            let (weight, d_weight) = (views.weight(parameter)?, views.gradient(parameter)?);
-            rms_norm::record_backward(
-                recording,
-                &config.norm(),
-                x,
-                weight,
-                norm.inverse_rms,
-                d_y,
-                Some(d_residual),
-                d_weight,
-            )
+            let saved = [x, views.weight(parameter)?, norm.inverse_rms];
+            let d_weight = views.gradient(parameter)?;
+            rms_norm::record_backward(recording, &config.norm(), saved, d_y, Some(d_residual), d_weight)
         };
 
         let normed = saved.feed_forward_norm;

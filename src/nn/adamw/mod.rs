@@ -4,15 +4,15 @@ mod reference;
 
 use crate::error::{Error, Result};
 use crate::gpu::{Kernel, params};
-use crate::nn::grid_of_columns;
+use crate::nn::{check_element, grid_of_columns};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
 params!(AdamWParams { columns: u32, beta1: f32, beta2: f32, epsilon: f32, clip_epsilon: f32 });
 
-/// Parameters are a multiple of this many elements: 256 bytes of f32, so that each can be bound by itself, and the unit
-/// in which weight decay is switched on and off.
-pub const BLOCK: usize = 64;
+/// Where parameters may begin in the tensors of all parameters, and the unit in which weight decay is switched on and
+/// off: 256 bytes of f16, so that each parameter can be a view in either storage type.
+pub const BLOCK: usize = 128;
 
 /// Added to the norm that the gradient is clipped by, as in PyTorch.
 const CLIP_EPSILON: f32 = 1e-6;
@@ -118,12 +118,13 @@ pub fn record(recording: &mut Recording, adamw: &AdamW, tensors: &AdamWTensors) 
         .updates("master", master)
         .updates("m", m)
         .updates("v", v);
-    let mut kernel = Kernel::new(recording.caps(), "nn/adamw");
+    let mut kernel = Kernel::new(recording.caps(), "nn/adamw").constant("BLOCK", BLOCK);
     if let Some(weights) = weights {
+        check_element(weights.element())?;
         recording.expect("weights", weights, weights.element(), &[elements])?;
-        crate::nn::check_element(weights.element())?;
         command = command.writes("weights", weights);
-        kernel = Kernel::new(recording.caps(), "nn/adamw_cast").element("elem", weights.element());
+        kernel =
+            Kernel::new(recording.caps(), "nn/adamw_cast").element("elem", weights.element()).constant("BLOCK", BLOCK);
     }
     let params = AdamWParams {
         columns: (elements / 4) as u32,

@@ -22,6 +22,14 @@ pub struct CrossEntropyShape {
     pub element: Element,
 }
 
+impl CrossEntropyShape {
+    fn check(&self) -> Result<()> {
+        check_count("rows", self.rows)?;
+        check_width("vocab", self.vocab)?;
+        check_element(self.element)
+    }
+}
+
 /// What the pass with the gradient gives.
 #[derive(Clone, Copy, Debug)]
 pub struct CrossEntropy {
@@ -56,6 +64,7 @@ pub fn record_forward_backward(
     targets: Tensor,
     loss_scale: f32,
 ) -> Result<CrossEntropy> {
+    shape.check()?;
     let d_logits = recording.scratch("d_logits", shape.element, &[shape.rows, shape.vocab])?;
     let loss = record(recording, shape, logits, targets, Some((d_logits, loss_scale)))?;
     Ok(CrossEntropy { loss, d_logits })
@@ -68,10 +77,8 @@ fn record(
     targets: Tensor,
     gradient: Option<(Tensor, f32)>,
 ) -> Result<Tensor> {
+    shape.check()?;
     let &CrossEntropyShape { rows, vocab, element } = shape;
-    check_count("rows", rows)?;
-    check_width("vocab", vocab)?;
-    check_element(element)?;
     recording.expect("logits", logits, element, &[rows, vocab])?;
     recording.expect("targets", targets, Element::U32, &[rows])?;
     let row_loss = recording.scratch("row_loss", Element::F32, &[rows])?;

@@ -12,10 +12,6 @@ use plan::{Gemm, GemmPlan};
 
 params!(GemmParams { m: u32, n: u32, k: u32, slice: u32, first_tile: u32, tiles: u32 });
 
-/// Most work of one dispatch, in floating-point operations: a quarter of a second on a GPU of 1 TFLOP/s, so that no
-/// driver's watchdog takes it for a hang.
-const WORK_PER_DISPATCH: u64 = 1 << 38;
-
 /// Sizes of a linear map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearShape {
@@ -155,10 +151,9 @@ fn dispatch(
 ) -> Result<Command> {
     let all = plan.tiles(gemm);
     let work_per_tile = gemm.work().div_ceil(all);
-    let step = (WORK_PER_DISPATCH / work_per_tile).clamp(1, all);
     let mut first_tile = 0;
     while first_tile < all {
-        let tiles = step.min(all - first_tile);
+        let tiles = plan.tiles_per_dispatch.min(all - first_tile);
         let params = GemmParams {
             m: gemm.m as u32,
             n: gemm.n as u32,
@@ -172,4 +167,60 @@ fn dispatch(
         first_tile += tiles;
     }
     Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::gpu::{Caps, adapters, parse_backends};
+    use crate::{CpuExecutor, Executor, Gpu, GpuExecutor};
+
+    const SHAPE: LinearShape = LinearShape { rows: 150, inputs: 24, outputs: 136, element: Element::F32 };
+    const GEMM: Gemm = Gemm { m: 150, n: 136, k: 24, a_along_k: true, b_along_k: true };
+
+    /// A forward with this many tiles in a dispatch: x, W and y.
+    fn record(caps: &Caps, tiles_per_dispatch: u64) -> Result<(Arc<Recording>, [Tensor; 3])> {
+        let mut recording = Recording::new(caps);
+        let x = recording.external("x", Element::F32, &[GEMM.m, GEMM.k])?;
+        let weight = recording.external("weight", Element::F32, &[GEMM.n, GEMM.k])?;
+        let y = recording.external("y", Element::F32, &[GEMM.m, GEMM.n])?;
+        let plan = GemmPlan { tiles_per_dispatch, ..GemmPlan::whole(caps, &GEMM) };
+        let kernel = kernel(&recording, "nn/linear", &GEMM, &plan, Element::F32).element("c", Element::F32);
+        let command = Command::new("linear", reference::Forward { shape: SHAPE });
+        let command = command.reads("a", x).reads("b", weight).writes("c", y);
+        let command = dispatch(&recording, command, kernel, &GEMM, &plan)?;
+        recording.push(command)?;
+        Ok((Arc::new(recording), [x, weight, y]))
+    }
+
+    fn run(executor: &mut dyn Executor, [x, weight, y]: [Tensor; 3]) -> Result<Vec<f32>> {
+        let values = |n: u64| (0..n).map(|i| (i * 37 % 101) as f32 / 64.0).collect::<Vec<f32>>();
+        executor.write(x, &values(x.len()))?;
+        executor.write(weight, &values(weight.len()))?;
+        executor.run()?;
+        executor.read(y)
+    }
+
+    #[test]
+    fn parts_of_the_tiles_make_up_the_whole() -> Result<()> {
+        let (recording, tensors) = record(&Caps::cpu(), 1)?;
+        let expected = run(&mut CpuExecutor::<f32>::new(recording), tensors)?;
+        let backend = std::env::var("LIGHTHOUSE_BACKEND").unwrap_or_else(|_| "all".into());
+        let adapters = if backend == "cpu" { Vec::new() } else { adapters(parse_backends(&backend)?) };
+        for adapter in adapters {
+            let gpu = Gpu::from_adapter(&adapter)?;
+            for tiles in [1, 2, 100] {
+                let (recording, tensors) = record(gpu.caps(), tiles)?;
+                let dispatches = recording.commands().iter().map(|command| command.dispatches.len()).sum::<usize>();
+                assert_eq!(dispatches as u64, GemmPlan::whole(gpu.caps(), &GEMM).tiles(&GEMM).div_ceil(tiles));
+                let y = run(&mut GpuExecutor::new(&gpu, recording, &[])?, tensors)?;
+                for (y, expected) in y.iter().zip(&expected) {
+                    approx::assert_relative_eq!(y, expected, max_relative = 1e-6);
+                }
+            }
+        }
+        Ok(())
+    }
 }

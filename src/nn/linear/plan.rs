@@ -30,6 +30,10 @@ const ENOUGH_WORKGROUPS: usize = 512;
 /// Least k of a slice: below that, the partial sums' traffic outweighs the work.
 const LEAST_SLICE: usize = 256;
 
+/// Most work of one dispatch, in floating-point operations: a quarter of a second on a GPU of 1 TFLOP/s, so that no
+/// driver's watchdog takes it for a hang.
+const WORK_PER_DISPATCH: u64 = 1 << 38;
+
 /// How a GEMM is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct GemmPlan {
@@ -39,17 +43,20 @@ pub(super) struct GemmPlan {
     pub slices: usize,
     /// k of one slice.
     pub slice: usize,
+    /// Tiles of C in one dispatch.
+    pub tiles_per_dispatch: u64,
 }
 
 impl GemmPlan {
     /// All of k in one workgroup.
     pub fn whole(caps: &Caps, gemm: &Gemm) -> Self {
         // Two blocks of rows read a third less of workgroup memory for each product, but leave half the workgroups.
-        let two = Self { row_blocks: 2, slices: 1, slice: gemm.k };
-        if gemm.m > 64 && two.workgroup_bytes() <= u64::from(caps.limits.max_compute_workgroup_storage_size) {
-            return two;
+        let mut plan = Self { row_blocks: 2, slices: 1, slice: gemm.k, tiles_per_dispatch: 1 };
+        if gemm.m <= 64 || plan.workgroup_bytes() > u64::from(caps.limits.max_compute_workgroup_storage_size) {
+            plan.row_blocks = 1;
         }
-        Self { row_blocks: 1, ..two }
+        plan.tiles_per_dispatch = (WORK_PER_DISPATCH / gemm.work().div_ceil(plan.tiles(gemm))).max(1);
+        plan
     }
 
     /// k cut into slices where there are few tiles.
@@ -89,6 +96,8 @@ mod tests {
             for plan in [GemmPlan::whole(&caps, &gemm), GemmPlan::split(&caps, &gemm)] {
                 assert!(plan.slices * plan.slice >= k && (plan.slices - 1) * plan.slice < k, "{gemm:?}: {plan:?}");
                 assert!(plan.slices == 1 || plan.slice.is_multiple_of(BLOCK_K), "{gemm:?}: {plan:?}");
+                let work = plan.tiles_per_dispatch * gemm.work() / plan.tiles(&gemm);
+                assert!(plan.tiles_per_dispatch == 1 || work <= WORK_PER_DISPATCH, "{gemm:?}: {plan:?}");
                 assert!(plan.workgroup_bytes() <= 16 << 10, "{gemm:?}: {plan:?}");
             }
         }

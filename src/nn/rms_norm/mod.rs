@@ -72,18 +72,16 @@ pub fn record_forward(recording: &mut Recording, shape: &RmsNormShape, x: Tensor
     Ok(RmsNorm { y, inverse_rms })
 }
 
-/// Records the backward of `y`'s gradient `d_y` `[T, width]`: gives dx `[T, width]`, to which `d_residual` is added where
-/// x also goes on past the norm, and writes `d_weight` f32 `[width]`.
+/// Records the backward of the forward of x, its weight and the saved inverse_rms, from y's gradient `d_y` `[T, width]`:
+/// gives dx `[T, width]`, to which `d_residual` is added where x also goes on past the norm, and writes `d_weight` f32
+/// `[width]`.
 ///
 /// # Errors
 /// Sizes that are not allowed, or tensors that do not have them.
-#[allow(clippy::too_many_arguments, reason = "the inputs of the formula, none of which has a natural group")]
 pub fn record_backward(
     recording: &mut Recording,
     shape: &RmsNormShape,
-    x: Tensor,
-    weight: Tensor,
-    inverse_rms: Tensor,
+    [x, weight, inverse_rms]: [Tensor; 3],
     d_y: Tensor,
     d_residual: Option<Tensor>,
     d_weight: Tensor,
