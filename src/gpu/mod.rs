@@ -14,3 +14,5 @@ pub use executor::GpuExecutor;
 pub use kernel::Kernel;
 pub(crate) use kernel::{Params, grid, params};
 pub use shader::{SHADERS, compose};
+#[cfg(test)]
+pub(crate) use shader::{parse, reflect};

@@ -320,3 +320,38 @@ fn record_delta(recording: &mut Recording, shape: &FlashShape, o: Tensor, d_o: T
     recording.push(command)?;
     Ok(delta)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MAX_HEAD_DIM;
+    use crate::gpu::{parse, reflect};
+
+    #[test]
+    fn plans_are_what_the_shaders_have() -> Result<()> {
+        let caps = Caps::default();
+        for head_dim in (8..=MAX_HEAD_DIM).step_by(8) {
+            let shape = FlashShape {
+                batch: 1,
+                tokens: 1,
+                heads: 1,
+                kv_heads: 1,
+                head_dim,
+                element: Element::F16,
+                layout: Layout::HeadsTokens,
+            };
+            let plan = plan(&caps, head_dim)?;
+            for (shader, tile) in [
+                ("attention/flash_forward", plan.forward),
+                ("attention/flash_backward_dkdv", plan.dkdv),
+                ("attention/flash_backward_dq", plan.dq),
+            ] {
+                let composed = shape.kernel(&caps, shader, &tile).compose()?;
+                let reflection = reflect(shader, &parse(shader, &composed)?)?;
+                assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes as u64, "{shader}, head_dim {head_dim}");
+                assert_eq!(reflection.invocations as usize, tile.invocations, "{shader}, head_dim {head_dim}");
+            }
+        }
+        Ok(())
+    }
+}
