@@ -1,6 +1,7 @@
 //! What a device can do, reduced to what the plans ask.
 
 use crate::error::{Error, Result};
+use crate::tensor::Element;
 
 /// The kernel families, in ascending order of preference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -9,17 +10,32 @@ pub enum Tier {
     SimtF32,
     /// Native f16 storage, f32 arithmetic.
     SimtF16,
+    /// Cooperative matrices of 8x8: Apple's GPUs, llvmpipe of Mesa 26.
+    Coop8,
+    /// Cooperative matrices of 16x16 with f16 inputs and f32 accumulators: NVIDIA, AMD.
+    Coop16,
 }
 
 impl Tier {
     /// All tiers, the least demanding first.
-    pub const ALL: [Self; 2] = [Self::SimtF32, Self::SimtF16];
+    pub const ALL: [Self; 4] = [Self::SimtF32, Self::SimtF16, Self::Coop8, Self::Coop16];
 
     /// The tier's name, as `LIGHTHOUSE_TIER` takes it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::SimtF32 => "simt_f32",
             Self::SimtF16 => "simt_f16",
+            Self::Coop8 => "coop8",
+            Self::Coop16 => "coop16",
+        }
+    }
+
+    /// Rows and columns of the tier's cooperative matrices.
+    pub const fn matrix(self) -> Option<usize> {
+        match self {
+            Self::SimtF32 | Self::SimtF16 => None,
+            Self::Coop8 => Some(8),
+            Self::Coop16 => Some(16),
         }
     }
 }
@@ -42,6 +58,29 @@ impl std::str::FromStr for Tier {
     }
 }
 
+/// Square cooperative matrices that accumulate in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MatrixKind {
+    /// Rows and columns.
+    pub size: usize,
+    /// Type of the factors' elements.
+    pub factors: Element,
+}
+
+impl MatrixKind {
+    /// What an adapter's configuration is to the kernels; `None` if they have no use for it.
+    fn new(properties: &wgpu::CooperativeMatrixProperties) -> Option<Self> {
+        let wgpu::CooperativeMatrixProperties { m_size, n_size, k_size, ab_type, cr_type, .. } = *properties;
+        let factors = match ab_type {
+            wgpu::CooperativeScalarType::F16 => Element::F16,
+            wgpu::CooperativeScalarType::F32 => Element::F32,
+            _ => return None,
+        };
+        let square = m_size == n_size && n_size == k_size;
+        (square && cr_type == wgpu::CooperativeScalarType::F32).then_some(Self { size: m_size as usize, factors })
+    }
+}
+
 /// A device's capabilities. Plans are pure functions of them and of shapes, so they are tested without a GPU.
 #[derive(Clone, Debug)]
 pub struct Caps {
@@ -51,6 +90,10 @@ pub struct Caps {
     pub shader_f16: bool,
     /// Timestamps around passes.
     pub timestamps: bool,
+    /// Cooperative matrices; none where the size of a subgroup is not known.
+    pub matrices: Vec<MatrixKind>,
+    /// Invocations of a subgroup; 0 if unknown.
+    pub subgroup: usize,
     /// The kernels to use.
     pub tier: Tier,
     /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
@@ -60,6 +103,8 @@ pub struct Caps {
 
 /// A GPU of 1 TFLOP/s takes 0.25 s for this much.
 const WORK_PER_DISPATCH: u64 = 1 << 38;
+/// The slowest GPU with 16x16 cooperative matrices does 8 TFLOP/s with them, and takes 0.5 s for this much.
+const WORK_PER_COOP16_DISPATCH: u64 = 1 << 42;
 
 impl Default for Caps {
     /// WebGPU's default limits: what every adapter has, and what a recording for the CPU is planned with, except that
@@ -69,6 +114,8 @@ impl Default for Caps {
             limits: wgpu::Limits::default(),
             shader_f16: false,
             timestamps: false,
+            matrices: Vec::new(),
+            subgroup: 0,
             tier: Tier::SimtF32,
             work_per_dispatch: WORK_PER_DISPATCH,
         }
@@ -87,17 +134,31 @@ impl Caps {
         Self { limits, ..Self::default() }
     }
 
-    /// Capabilities of a device; `LIGHTHOUSE_TIER` is not looked at.
-    pub fn of_device(device: &wgpu::Device) -> Self {
+    /// Capabilities of a device, with the best tier that it has; `LIGHTHOUSE_TIER` is not looked at. A device does not
+    /// tell the cooperative matrices of its adapter: they are the caller's to give, and count if the device has the
+    /// features for them.
+    pub fn of_device(device: &wgpu::Device, matrices: &[wgpu::CooperativeMatrixProperties]) -> Self {
         let features = device.features();
-        let shader_f16 = features.contains(wgpu::Features::SHADER_F16);
-        Self {
+        let info = device.adapter_info();
+        let subgroup =
+            if info.subgroup_min_size == info.subgroup_max_size { info.subgroup_max_size as usize } else { 0 };
+        let needed = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::SUBGROUP_BARRIER
+            | wgpu::Features::SHADER_F16;
+        let usable = subgroup > 0 && features.contains(needed);
+        let mut caps = Self {
             limits: device.limits(),
-            shader_f16,
+            shader_f16: features.contains(wgpu::Features::SHADER_F16),
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
-            tier: if shader_f16 { Tier::SimtF16 } else { Tier::SimtF32 },
-            work_per_dispatch: WORK_PER_DISPATCH,
+            matrices: matrices.iter().filter(|_| usable).filter_map(MatrixKind::new).collect(),
+            subgroup,
+            ..Self::default()
+        };
+        if let Some(best) = caps.tiers().pop() {
+            caps.set_tier(best);
         }
+        caps
     }
 
     /// The tiers that the device has.
@@ -109,7 +170,19 @@ impl Caps {
         match tier {
             Tier::SimtF32 => true,
             Tier::SimtF16 => self.shader_f16,
+            Tier::Coop8 => self.matrices.iter().any(|matrix| matrix.size == 8),
+            Tier::Coop16 => self.has_matrix(Tier::Coop16, Element::F16),
         }
+    }
+
+    /// Whether the device has a tier's cooperative matrices for factors of this type.
+    pub fn has_matrix(&self, tier: Tier, factors: Element) -> bool {
+        tier.matrix().is_some_and(|size| self.matrices.contains(&MatrixKind { size, factors }))
+    }
+
+    fn set_tier(&mut self, tier: Tier) {
+        self.tier = tier;
+        self.work_per_dispatch = if tier == Tier::Coop16 { WORK_PER_COOP16_DISPATCH } else { WORK_PER_DISPATCH };
     }
 
     /// The same device with a tier forced.
@@ -125,7 +198,7 @@ impl Caps {
                 available: available.join(", "),
             });
         }
-        self.tier = tier;
+        self.set_tier(tier);
         Ok(self)
     }
 }

@@ -50,6 +50,12 @@ fn preference(info: &wgpu::AdapterInfo) -> (u8, bool) {
     (device, info.backend == wgpu::Backend::Gl)
 }
 
+#[allow(unsafe_code, reason = "cooperative matrices are experimental in wgpu; the tests cover every use of them")]
+fn experimental_features() -> wgpu::ExperimentalFeatures {
+    // SAFETY: the kernels with cooperative matrices keep to the forms that the tests run on every driver.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
+}
+
 /// A device with its queue, its capabilities and the pipelines built for it.
 ///
 /// Cloning shares all of these.
@@ -107,17 +113,23 @@ impl Gpu {
     /// # Errors
     /// [`Error::Gpu`] if the driver refuses.
     pub fn from_adapter(adapter: &wgpu::Adapter) -> Result<Self> {
-        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP;
+        let wanted = wgpu::Features::SHADER_F16
+            | wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::SUBGROUP_BARRIER
+            | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("lighthouse-attention"),
             required_features: adapter.features() & wanted,
             required_limits: adapter.limits(),
             memory_hints: wgpu::MemoryHints::Performance,
+            experimental_features: experimental_features(),
             ..Default::default()
         };
         let (device, queue) =
             pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| Error::Gpu(e.to_string()))?;
-        let mut gpu = Self::from_device(device, queue);
+        let mut gpu =
+            Self::from_device(device, queue).with_cooperative_matrices(&adapter.cooperative_matrix_properties());
         let info = adapter.get_info();
         gpu.name = format!("{} ({:?}, {} {})", info.name, info.backend, info.driver, info.driver_info);
         let lost = gpu.lost.clone();
@@ -127,9 +139,10 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// Takes a device of the caller's. Its error handlers stay the caller's.
+    /// Takes a device of the caller's. Its error handlers stay the caller's. For the tiers with cooperative matrices
+    /// it needs [`with_cooperative_matrices`](Self::with_cooperative_matrices) too.
     pub fn from_device(device: wgpu::Device, queue: wgpu::Queue) -> Self {
-        let caps = Caps::of_device(&device);
+        let caps = Caps::of_device(&device, &[]);
         let info = device.adapter_info();
         Self {
             caps,
@@ -139,6 +152,15 @@ impl Gpu {
             pipelines: Arc::default(),
             lost: Arc::default(),
         }
+    }
+
+    /// The same device with its adapter's cooperative matrices, of which a device itself tells nothing
+    /// ([`wgpu::Adapter::cooperative_matrix_properties`]), and with the best tier that it has then. They count if the
+    /// device was made with SHADER_F16, SUBGROUP, SUBGROUP_BARRIER and EXPERIMENTAL_COOPERATIVE_MATRIX, and if its
+    /// subgroups have one size.
+    pub fn with_cooperative_matrices(mut self, properties: &[wgpu::CooperativeMatrixProperties]) -> Self {
+        self.caps = Caps::of_device(&self.device, properties);
+        self
     }
 
     /// The same device with a tier forced.

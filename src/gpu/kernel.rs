@@ -58,19 +58,28 @@ pub struct Kernel {
     pub(crate) shader: &'static str,
     tier: Tier,
     elements: Vec<(&'static str, Element)>,
+    matrices: Option<(usize, Element)>,
     constants: Vec<(&'static str, Constant)>,
 }
 
 impl Kernel {
     /// The shader at `shaders/<shader>.wgsl`.
     pub(crate) fn new(caps: &Caps, shader: &'static str) -> Self {
-        Self { shader, tier: caps.tier, elements: Vec::new(), constants: Vec::new() }
+        Self { shader, tier: caps.tier, elements: Vec::new(), matrices: None, constants: Vec::new() }
     }
 
     /// Gives the shader `alias NAME4` for four stored elements, with `unpack_NAME` to and `pack_NAME` from `vec4<f32>`.
     pub(crate) fn element(mut self, name: &'static str, element: Element) -> Self {
         self.elements.push((name, element));
         self
+    }
+
+    /// Gives the shader cooperative matrices of `size` rows and columns with factors of this type: `MatrixA` and
+    /// `MatrixB`, their product `MatrixC` in f32, and `const MATRIX: u32`, the size; and with them the module that
+    /// moves factors from storage in loads of 16 bytes, which are `const LOAD_VECTORS: u32` vectors of four.
+    pub(crate) fn matrices(mut self, size: usize, factors: Element) -> Self {
+        self.matrices = Some((size, factors));
+        self.constant("MATRIX", size).constant("LOAD_VECTORS", 4 / factors.bytes() as usize)
     }
 
     /// Gives the shader `const NAME: u32`.
@@ -90,6 +99,21 @@ impl Kernel {
         let mut prelude = String::new();
         if native && self.elements.iter().any(|(_, element)| *element == Element::F16) {
             prelude.push_str("enable f16;\n");
+        }
+        if let Some((size, factors)) = self.matrices {
+            let (scalar, load) = match factors {
+                Element::F16 => ("f16", "load_f16"),
+                Element::F32 | Element::U32 => ("f32", "load_f32"),
+            };
+            // naga derives no uniform control flow from subgroup operations, and refuses matrices after them.
+            prelude.push_str(&format!(
+                "enable wgpu_cooperative_matrix;\n\
+                 diagnostic(off, derivative_uniformity);\n\
+                 alias MatrixA = coop_mat{size}x{size}<{scalar}, A>;\n\
+                 alias MatrixB = coop_mat{size}x{size}<{scalar}, B>;\n\
+                 alias MatrixC = coop_mat{size}x{size}<f32, C>;\n\
+                 #import shared/{load}\n"
+            ));
         }
         for (name, element) in &self.elements {
             let (alias, unpack, pack) = match element {

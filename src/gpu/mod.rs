@@ -8,7 +8,7 @@ mod memory;
 mod profile;
 mod shader;
 
-pub use caps::{Caps, Tier};
+pub use caps::{Caps, MatrixKind, Tier};
 pub use context::{Gpu, NO_DRIVER_HINT, adapters, parse_backends};
 pub use executor::GpuExecutor;
 pub use kernel::Kernel;

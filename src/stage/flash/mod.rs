@@ -2,6 +2,7 @@
 //!
 //! It serves the sub-sequence that Lighthouse Attention gathers and, as the dense layer, the caller's own tensors.
 
+mod coop;
 mod plan;
 mod reference;
 
@@ -119,17 +120,17 @@ impl FlashShape {
         T::from_f64((self.head_dim as f64).sqrt().recip())
     }
 
-    /// The kernel of a tile, with `kept` and `streamed` rows.
-    fn kernel(&self, caps: &Caps, shader: &'static str, tile: &Tile) -> Kernel {
-        Kernel::new(caps, shader)
+    /// The kernel of a tile.
+    fn kernel(&self, caps: &Caps, tile: &Tile) -> Kernel {
+        let mut kernel = Kernel::new(caps, tile.shader)
             .element("elem", self.element)
             .constant("HEAD_DIM", self.head_dim)
             .constant("BLOCK_M", tile.block_m)
-            .constant("BLOCK_N", tile.block_n)
-            .constant("CHUNK", tile.chunk)
-            .constant("STAGES", tile.stages)
-            .constant("STRIPS", tile.strips)
-            .constant("SUMS", tile.stages * tile.strips)
+            .constant("BLOCK_N", tile.block_n);
+        if let Some(size) = tile.matrix {
+            kernel = kernel.matrices(size, self.element);
+        }
+        tile.constants.iter().fold(kernel, |kernel, &(name, value)| kernel.constant(name, value))
     }
 
     /// The dispatches over `batch` entries of a kernel that has a workgroup for each block of each of `heads` heads.
@@ -203,8 +204,8 @@ pub fn record_forward(
     recording.expect("o", o, shape.element, &shape.q())?;
     let lse = recording.scratch("lse", Element::F32, &shape.lse())?;
     let caps = recording.caps().clone();
-    let tile = plan(&caps, shape.head_dim)?.forward;
-    let kernel = shape.kernel(&caps, "attention/flash_forward", &tile);
+    let tile = plan(&caps, shape.head_dim, shape.element)?.forward;
+    let kernel = shape.kernel(&caps, &tile);
     let blocks = shape.tokens.div_ceil(tile.block_m);
     let command = Command::new("flash_forward", reference::ForwardReference(*shape))
         .reads("q", q)
@@ -253,7 +254,7 @@ pub fn record_backward(
     let delta = record_delta(recording, shape, forward.o, d_o)?;
 
     let caps = recording.caps().clone();
-    let plan = plan(&caps, shape.head_dim)?;
+    let plan = plan(&caps, shape.head_dim, shape.element)?;
     let reads = |command: Command| {
         command
             .reads("q", q)
@@ -265,7 +266,7 @@ pub fn record_backward(
     };
     let Tile { block_n, .. } = plan.dkdv;
     let blocks = shape.tokens.div_ceil(block_n);
-    let kernel = shape.kernel(&caps, "attention/flash_backward_dkdv", &plan.dkdv);
+    let kernel = shape.kernel(&caps, &plan.dkdv);
     let group = (shape.heads / shape.kv_heads) as u64;
     let command = reads(Command::new("flash_backward_dkdv", reference::DkdvReference(*shape)))
         .writes("dk", gradients.dk)
@@ -281,7 +282,7 @@ pub fn record_backward(
 
     let Tile { block_m, .. } = plan.dq;
     let blocks = shape.tokens.div_ceil(block_m);
-    let kernel = shape.kernel(&caps, "attention/flash_backward_dq", &plan.dq);
+    let kernel = shape.kernel(&caps, &plan.dq);
     let command = reads(Command::new("flash_backward_dq", reference::DqReference(*shape)))
         .writes("dq", gradients.dq)
         .dispatch_parts(&caps, shape.batch, kernel, |batch| {

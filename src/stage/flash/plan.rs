@@ -1,22 +1,24 @@
 //! Tile sizes of the attention kernels, and how their work is cut into dispatches. Pure functions: the one place to
 //! tune them, tested without a GPU.
 
+use super::coop;
 use crate::error::{Error, Result};
-use crate::gpu::{Caps, Tier};
+use crate::gpu::Caps;
+use crate::tensor::Element;
 
-/// The tile of one kernel, in the words of `shaders/shared/tile.wgsl`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A kernel with its tile.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tile {
+    /// The kernel's file below `shaders/`.
+    pub shader: &'static str,
     /// Queries of a tile, BLOCK_M.
     pub block_m: usize,
     /// Keys of a tile, BLOCK_N.
     pub block_n: usize,
-    /// Columns of four elements that are staged at a time for products of rows with rows.
-    pub chunk: usize,
-    /// Steps in which the product of the tile with streamed rows stages their columns.
-    pub stages: usize,
-    /// Strips of such a step: each gives every lane one column of four elements.
-    pub strips: usize,
+    /// Rows and columns of the kernel's cooperative matrices, if it uses any.
+    pub matrix: Option<usize>,
+    /// The kernel's other constants.
+    pub constants: Vec<(&'static str, usize)>,
     /// Invocations of a workgroup.
     pub invocations: usize,
     /// Bytes of workgroup memory.
@@ -24,7 +26,7 @@ pub struct Tile {
 }
 
 /// The tiles of the three kernels that stream over tiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TilePlan {
     /// The forward keeps a block of queries.
     pub forward: Tile,
@@ -41,25 +43,38 @@ const STAGED_LANES: usize = 8;
 /// Columns of four elements that fit beside the tile in 16 KiB.
 const STAGED_COLUMNS: usize = 16;
 
-/// Chooses the tiles for a device and a head_dim.
+/// Chooses the kernels for a device, a head_dim and a storage type. Where a shape does not fit the device's tier it gets
+/// the kernels of the next one.
 ///
 /// # Errors
 /// [`Error::Limit`] if the device has less than WebGPU's default limits.
-pub fn plan(caps: &Caps, head_dim: usize) -> Result<TilePlan> {
-    match caps.tier {
-        Tier::SimtF32 | Tier::SimtF16 => {
-            let (block_m, block_n) = (64, 32);
-            Ok(TilePlan {
-                forward: simt(caps, head_dim, block_m, block_n, block_m)?,
-                dkdv: simt(caps, head_dim, block_m, block_n, block_n)?,
-                dq: simt(caps, head_dim, block_m, block_n, block_m)?,
-            })
+pub fn plan(caps: &Caps, head_dim: usize, element: Element) -> Result<TilePlan> {
+    let (block_m, block_n) = (64, 32);
+    let choose = |shader, coop: Option<Tile>, kept| match coop {
+        Some(tile) => Ok(tile),
+        None => {
+            if caps.tier.matrix().is_some() {
+                tracing::debug!(tier = %caps.tier, head_dim, %element, shader, "does not fit cooperative matrices");
+            }
+            simt(caps, shader, head_dim, block_m, block_n, kept)
         }
-    }
+    };
+    Ok(TilePlan {
+        forward: choose("attention/flash_forward", coop::forward(caps, head_dim, element), block_m)?,
+        dkdv: choose("attention/flash_backward_dkdv", None, block_n)?,
+        dq: choose("attention/flash_backward_dq", None, block_m)?,
+    })
 }
 
 /// A tile of which the workgroup keeps one side, `kept` being `block_m` or `block_n`, and streams over the other.
-fn simt(caps: &Caps, head_dim: usize, block_m: usize, block_n: usize, kept: usize) -> Result<Tile> {
+fn simt(
+    caps: &Caps,
+    shader: &'static str,
+    head_dim: usize,
+    block_m: usize,
+    block_n: usize,
+    kept: usize,
+) -> Result<Tile> {
     let columns = head_dim / 4;
     let streamed = block_m + block_n - kept;
     let lanes = streamed / 4;
@@ -70,12 +85,13 @@ fn simt(caps: &Caps, head_dim: usize, block_m: usize, block_n: usize, kept: usiz
     let strips = (STAGED_COLUMNS / lanes).min(sums);
     let rows_by_rows = (kept + streamed) * stride;
     let weighted_rows = kept * lanes + 4 * STAGED_LANES * strips * lanes;
+    let stages = sums.div_ceil(strips);
     let tile = Tile {
+        shader,
         block_m,
         block_n,
-        chunk,
-        stages: sums.div_ceil(strips),
-        strips,
+        matrix: None,
+        constants: vec![("CHUNK", chunk), ("STAGES", stages), ("STRIPS", strips), ("SUMS", stages * strips)],
         invocations: kept / 4 * lanes,
         workgroup_bytes: VEC4 * rows_by_rows.max(weighted_rows),
     };
@@ -138,14 +154,14 @@ mod tests {
     fn every_head_dim_fits_the_default_limits() -> Result<()> {
         let caps = Caps::default();
         for head_dim in (8..=MAX_HEAD_DIM).step_by(8) {
-            let plan = plan(&caps, head_dim)?;
-            for (tile, kept) in
-                [(plan.forward, plan.forward.block_m), (plan.dkdv, plan.dkdv.block_n), (plan.dq, plan.dq.block_m)]
-            {
+            let plan = plan(&caps, head_dim, Element::F32)?;
+            let (block_m, block_n) = (plan.forward.block_m, plan.forward.block_n);
+            for (tile, kept) in [(plan.forward, block_m), (plan.dkdv, block_n), (plan.dq, block_m)] {
                 assert!(tile.workgroup_bytes <= 16 << 10, "{head_dim}: {tile:?}");
                 assert!(tile.invocations <= 256, "{head_dim}: {tile:?}");
-                let lanes = (tile.block_m + tile.block_n - kept) / 4;
-                assert!(4 * tile.stages * tile.strips * lanes >= head_dim, "{head_dim}: {tile:?}");
+                let lanes = (block_m + block_n - kept) / 4;
+                let sums = tile.constants.iter().find(|(name, _)| *name == "SUMS").map_or(0, |(_, sums)| *sums);
+                assert!(4 * sums * lanes >= head_dim, "{head_dim}: {tile:?}");
                 assert!(lanes.is_multiple_of(STAGED_LANES), "{head_dim}: {tile:?}");
             }
         }
@@ -156,7 +172,7 @@ mod tests {
     fn too_little_workgroup_memory_is_named() {
         let mut caps = Caps::default();
         caps.limits.max_compute_workgroup_storage_size = 8 << 10;
-        let message = plan(&caps, 128).err().map(|e| e.to_string()).unwrap_or_default();
+        let message = plan(&caps, 128, Element::F32).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(message.contains("max_compute_workgroup_storage_size is 8192"), "{message}");
     }
 

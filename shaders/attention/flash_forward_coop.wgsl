@@ -1,0 +1,362 @@
+// Exact causal attention, forward (spec section 6), on cooperative matrices: flash_forward's arguments, parameters and
+// order of units.
+//
+// One workgroup per (batch, head, block of BLOCK_M queries) of BLOCK_M / MATRIX subgroups. Two subgroups share 2 * MATRIX
+// query rows, as halves: for q k^T each takes them all with MATRIX of a tile's 2 * MATRIX keys, its q in registers; for
+// p v each takes them all with half of the columns, its part of o in registers; for the softmax each takes MATRIX rows
+// with all keys, LANES lanes to a row. Matrices have no accessible elements, so scores and weights go through
+// workgroup memory.
+//
+// Key tile j passes through two phases with a barrier after each, its neighbours overlapping it:
+//
+//     phase 1    scores of tile j
+//     phase 2    o += weights of tile j - 1 * values of tile j - 1;  weights of tile j;  keys of tile j + 1 staged
+//     between    values of tile j staged
+//
+// Loads from storage are issued one staging ahead. The softmax uses the row's maximum as it stands: only where a weight
+// would exceed 2^LAZY is it raised and o rescaled, which is rare, and costs a pass of o through workgroup memory.
+// Exponents are to base 2. UNROLL key tiles make a loop's body.
+//
+// What the mask excludes must not reach o even as 0 * NaN: values of tiles that the mask crosses are staged with zero in
+// place of infinity and NaN, and where there were any, the last step adds them to the rows that do see them.
+
+#import shared/grid
+
+struct Params {
+    tokens: u32, // S
+    heads: u32,
+    kv_heads: u32,
+    token_stride: u32,
+    head_stride: u32,
+    kv_token_stride: u32,
+    kv_head_stride: u32,
+    scale: f32, // log2(e) / sqrt(D)
+    first_unit: u32,
+    units: u32,
+}
+
+// Loads of 16 bytes are fastest, and stay where they are issued only from bindings that could be written.
+@group(0) @binding(0) var<storage, read_write> q: array<elem4>;     // [B, S, H, D] or [B, H, S, D]
+@group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>; // the same with KV heads
+@group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>; // as k
+@group(0) @binding(3) var<storage, read_write> o: array<elem4>;     // as q
+@group(0) @binding(4) var<storage, read_write> lse: array<f32>;     // [B, H, S]
+@group(0) @binding(5) var<uniform> params: Params;
+
+const LOWEST: f32 = -1e30;
+const LAZY: f32 = 8.0;
+const LN_2: f32 = 0.6931471805599453;
+
+const WORKGROUP: u32 = BLOCK_M / MATRIX * SUBGROUP;
+const LANES: u32 = SUBGROUP / MATRIX;
+
+// Vectors of four elements. Rows in workgroup memory are two longer than their contents, against bank conflicts.
+const VECTORS: u32 = HEAD_DIM / 4u;
+const MATRIX_VECTORS: u32 = MATRIX / 4u;
+const KEY_STRIDE: u32 = VECTORS + 2u;
+const VALUE_STRIDE: u32 = 2u * COLUMN_MATRICES * MATRIX_VECTORS + 2u;
+const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
+
+// A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
+const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
+const MATRIX_CHUNKS: u32 = MATRIX_VECTORS / MATRIX_LANES;
+
+// Staging of a tile's rows: STAGE_ROWS at a time, one load for each invocation.
+const LOADS: u32 = VECTORS / LOAD_VECTORS;
+const STAGE_ROWS: u32 = WORKGROUP / LOADS;
+const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && BLOCK_N % STAGE_ROWS == 0u;
+
+// Every variable a multiple of 16 bytes, as cooperative loads assume.
+var<workgroup> keys: array<elem4, BLOCK_N * KEY_STRIDE>;
+var<workgroup> values: array<elem4, BLOCK_N * VALUE_STRIDE>;
+var<workgroup> scores: array<vec4<f32>, BLOCK_M * SCORE_STRIDE>;
+var<workgroup> weights: array<elem4, BLOCK_M * SCORE_STRIDE>;
+var<workgroup> row_factor: array<f32, BLOCK_M>;
+// Whether a row's maximum rose, by parity of the tile; whether values held infinity or NaN.
+var<workgroup> flags: vec4<u32>;
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) invocation: u32,
+) {
+    let index = linear_workgroup(workgroup, workgroups);
+    if (index >= params.units) {
+        return;
+    }
+    let unit = params.first_unit + index;
+    let blocks = (params.tokens + BLOCK_M - 1u) / BLOCK_M;
+    let head = unit % params.heads;
+    let first_query = (blocks - 1u - unit / params.heads % blocks) * BLOCK_M;
+    let batch = unit / (params.heads * blocks);
+    let kv_head = head / (params.heads / params.kv_heads);
+    let base = batch * params.tokens * params.heads + head * params.head_stride;
+    let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
+    let last_token = params.tokens - 1u;
+    let tiles = (first_query / BLOCK_M + 1u) * (BLOCK_M / BLOCK_N);
+
+    let subgroup = invocation / SUBGROUP;
+    let half = subgroup % 2u;
+    let lane_row = invocation % SUBGROUP / LANES;
+    let lane = invocation % LANES;
+    let block_row = subgroup * MATRIX + lane_row;
+    let query = first_query + block_row;
+    let row_at = block_row * SCORE_STRIDE + lane;
+    let pair_row = subgroup / 2u * 2u * MATRIX;
+    let scores_at = pair_row * SCORE_STRIDE + half * MATRIX_VECTORS;
+    let weights_at = pair_row * SCORE_STRIDE;
+    let keys_at = half * MATRIX * KEY_STRIDE;
+    let values_at = half * COLUMN_MATRICES * MATRIX_VECTORS;
+    // A subgroup's own memory for reading and writing a matrix.
+    let exchange_at = subgroup * MATRIX * SCORE_STRIDE;
+    let exchange_row = exchange_at + lane_row * SCORE_STRIDE + lane;
+
+    let stage_row = select(BLOCK_N, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
+    let stage_load = invocation % LOADS;
+    let stage_key = stage_row * KEY_STRIDE + stage_load * LOAD_VECTORS;
+    let stage_value = stage_row * VALUE_STRIDE + stage_load * LOAD_VECTORS;
+
+    // q, through the memory of the weights. Rows past the last token repeat it and are not written.
+    #for r in 0..2
+    var q$r: array<MatrixA, 2u * QUERY_CHUNKS>;
+    var o$r: array<MatrixC, COLUMN_MATRICES>;
+    #end
+    let query_at = (base + min(query, last_token) * params.token_stride) * VECTORS + lane;
+    #for c in 0..QUERY_CHUNKS
+    #for i in 0..SCORE_CHUNKS
+    if (HEAD_DIM % BLOCK_N == 0u || $cu * (BLOCK_N / 4u) + $iu * LANES + lane < VECTORS) {
+        weights[row_at + $iu * LANES] = q[query_at + $cu * (BLOCK_N / 4u) + $iu * LANES];
+    }
+    #end
+    workgroupBarrier();
+    #for r in 0..2
+    #for d in 0..2
+    q$r[2 * $c + $d] = coopLoadT<MatrixA>(&weights[weights_at + $ru * MATRIX * SCORE_STRIDE + $du * MATRIX_VECTORS], SCORE_STRIDE);
+    #end
+    #end
+    workgroupBarrier();
+    #end
+
+    // Tile -1 has weights and values zero.
+    #for i in 0..SCORE_CHUNKS
+    weights[row_at + $iu * LANES] = elem4();
+    #end
+    for (var i = invocation; i < BLOCK_N * VALUE_STRIDE; i += WORKGROUP) {
+        values[i] = elem4();
+    }
+    row_factor[block_row] = 1.0;
+    if (invocation == 0u) {
+        flags = vec4<u32>(0u);
+    }
+    #for s in 0..STAGES
+    var next_key$s = k[(kv_base + min(stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    var next_value$s = v[(kv_base + min(stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
+        #for h in 0..LOAD_VECTORS
+        keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+        #end
+    }
+    next_key$s = k[(kv_base + min(BLOCK_N + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    #end
+    workgroupBarrier();
+
+    // The maximum starts finite, so that no difference of two infinities arises where nothing is infinite.
+    var maximum = LOWEST;
+    var sum = 0.0;
+    for (var first_tile = 0u; first_tile < tiles; first_tile += UNROLL) {
+        #for u in 0..UNROLL
+        {
+            let tile = first_tile + $uu;
+            let first_key = tile * BLOCK_N;
+            let crossed = first_key + BLOCK_N - 1u > first_query;
+
+            // Phase 1.
+            #for s in 0..2
+            #for r in 0..2
+            let weights$r_$s = coopLoadT<MatrixA>(&weights[weights_at + $ru * MATRIX * SCORE_STRIDE + $su * MATRIX_VECTORS], SCORE_STRIDE);
+            #end
+            #end
+            #for r in 0..2
+            var scores$r = MatrixC();
+            #end
+            #for d in 0..DEPTH_MATRICES
+            let keys$d = coopLoad<MatrixB>(&keys[keys_at + $du * MATRIX_VECTORS], KEY_STRIDE);
+            #for r in 0..2
+            scores$r = coopMultiplyAdd(q$r[$d], keys$d, scores$r);
+            #end
+            #end
+            #for r in 0..2
+            coopStoreT(scores$r, &scores[scores_at + $ru * MATRIX * SCORE_STRIDE], SCORE_STRIDE);
+            #end
+            workgroupBarrier();
+
+            // Phase 2.
+            if (invocation == 0u) {
+                flags[(tile + 1u) % 2u] = 0u;
+            }
+            #for s in 0..2
+            #for c in 0..COLUMN_MATRICES
+            let values$s_$c = coopLoadT<MatrixB>(&values[values_at + $su * MATRIX * VALUE_STRIDE + $cu * MATRIX_VECTORS], VALUE_STRIDE);
+            #for r in 0..2
+            o$r[$c] = coopMultiplyAdd(weights$r_$s, values$s_$c, o$r[$c]);
+            #end
+            #end
+            #end
+            #for i in 0..SCORE_CHUNKS
+            let chunk$i = scores[row_at + $iu * LANES];
+            #end
+            var largest = LOWEST;
+            var partial_sum = vec4<f32>(0.0);
+            #for i in 0..SCORE_CHUNKS
+            let exponent$i = fma(chunk$i, vec4<f32>(params.scale), vec4<f32>(-maximum));
+            largest = max(largest, max(max(exponent$i.x, exponent$i.y), max(exponent$i.z, exponent$i.w)));
+            let weight$i = exp2(exponent$i);
+            partial_sum += weight$i;
+            weights[row_at + $iu * LANES] = pack_elem(weight$i);
+            #end
+            #for s in 0..STAGES
+            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
+                #for h in 0..LOAD_VECTORS
+                keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+                #end
+            }
+            #end
+            #for s in 0..STAGES
+            next_key$s = k[(kv_base + min(first_key + 2u * BLOCK_N + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+            #end
+            if (subgroupAny(largest > LAZY) || first_key + BLOCK_N - 1u > first_query + subgroup * MATRIX) {
+                // Again, with the mask and the true maximum.
+                var row_maximum = LOWEST;
+                for (var i = 0u; i < SCORE_CHUNKS; i++) {
+                    let chunk = scores[row_at + i * LANES];
+                    let seen = vec4<u32>(first_key + (i * LANES + lane) * 4u) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(query);
+                    let masked = select(vec4<f32>(LOWEST), chunk, seen);
+                    row_maximum = max(row_maximum, max(max(masked.x, masked.y), max(masked.z, masked.w)));
+                }
+                #for b in 0..LANE_BITS
+                row_maximum = max(row_maximum, subgroupShuffleXor(row_maximum, 1u << $bu));
+                #end
+                row_maximum *= params.scale;
+                let rises = row_maximum > maximum + LAZY;
+                let new_maximum = select(maximum, row_maximum, rises);
+                let rescale = exp2(maximum - new_maximum);
+                sum *= rescale;
+                maximum = new_maximum;
+                partial_sum = vec4<f32>(0.0);
+                for (var i = 0u; i < SCORE_CHUNKS; i++) {
+                    let chunk = scores[row_at + i * LANES];
+                    let seen = vec4<u32>(first_key + (i * LANES + lane) * 4u) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(query);
+                    let weight = select(vec4<f32>(0.0), exp2(fma(chunk, vec4<f32>(params.scale), vec4<f32>(-maximum))), seen);
+                    partial_sum += weight;
+                    weights[row_at + i * LANES] = pack_elem(weight);
+                }
+                row_factor[block_row] = rescale;
+                if (subgroupAny(rises)) {
+                    flags[tile % 2u] = 1u;
+                }
+            } else {
+                row_factor[block_row] = 1.0;
+            }
+            sum += (partial_sum.x + partial_sum.y) + (partial_sum.z + partial_sum.w);
+            workgroupBarrier();
+
+            if (flags[tile % 2u] != 0u) {
+                #for r in 0..2
+                #for c in 0..COLUMN_MATRICES
+                subgroupBarrier();
+                coopStoreT(o$r[$c], &scores[exchange_at], SCORE_STRIDE);
+                subgroupBarrier();
+                if (lane < MATRIX_LANES) {
+                    for (var i = 0u; i < MATRIX_CHUNKS; i++) {
+                        scores[exchange_row + i * MATRIX_LANES] *= row_factor[pair_row + $ru * MATRIX + lane_row];
+                    }
+                }
+                subgroupBarrier();
+                o$r[$c] = coopLoadT<MatrixC>(&scores[exchange_at], SCORE_STRIDE);
+                #end
+                #end
+                workgroupBarrier();
+                row_factor[block_row] = 1.0;
+            }
+            if (crossed) {
+                #for s in 0..STAGES
+                {
+                    let finite = finite_load(next_value$s);
+                    if (any(finite != next_value$s)) {
+                        flags[2] = 1u;
+                    }
+                    next_value$s = finite;
+                }
+                #end
+            }
+            #for s in 0..STAGES
+            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
+                #for h in 0..LOAD_VECTORS
+                values[stage_value + $su * STAGE_ROWS * VALUE_STRIDE + $hu] = vector_of_load(next_value$s, $hu);
+                #end
+            }
+            #end
+            #for s in 0..STAGES
+            next_value$s = v[(kv_base + min(first_key + BLOCK_N + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+            #end
+        }
+        #end
+    }
+
+    // The last tile's values.
+    workgroupBarrier();
+    #for s in 0..2
+    #for r in 0..2
+    let weights$r_$s = coopLoadT<MatrixA>(&weights[weights_at + $ru * MATRIX * SCORE_STRIDE + $su * MATRIX_VECTORS], SCORE_STRIDE);
+    #end
+    #for c in 0..COLUMN_MATRICES
+    let values$s_$c = coopLoadT<MatrixB>(&values[values_at + $su * MATRIX * VALUE_STRIDE + $cu * MATRIX_VECTORS], VALUE_STRIDE);
+    #for r in 0..2
+    o$r[$c] = coopMultiplyAdd(weights$r_$s, values$s_$c, o$r[$c]);
+    #end
+    #end
+    #end
+
+    #for b in 0..LANE_BITS
+    sum += subgroupShuffleXor(sum, 1u << $bu);
+    #end
+    if (lane == 0u && query < params.tokens) {
+        lse[(batch * params.heads + head) * params.tokens + query] = (maximum + log2(sum)) * LN_2;
+    }
+    row_factor[block_row] = 1.0 / sum;
+    workgroupBarrier();
+    #for r in 0..2
+    #for c in 0..COLUMN_MATRICES
+    {
+        subgroupBarrier();
+        coopStoreT(o$r[$c], &scores[exchange_at], SCORE_STRIDE);
+        subgroupBarrier();
+        let row = pair_row + $ru * MATRIX + lane_row;
+        let token = first_query + row;
+        let column = values_at + $cu * MATRIX_VECTORS + lane;
+        if (token < params.tokens && lane < MATRIX_LANES) {
+            for (var i = 0u; i < MATRIX_CHUNKS; i++) {
+                if (column + i * MATRIX_LANES < VECTORS) {
+                    var result = scores[exchange_row + i * MATRIX_LANES] * row_factor[row];
+                    if (flags[2] != 0u) {
+                        result += non_finite_values(kv_base, first_query, token, column + i * MATRIX_LANES);
+                    }
+                    o[(base + token * params.token_stride) * VECTORS + column + i * MATRIX_LANES] = pack_elem(result);
+                }
+            }
+        }
+    }
+    #end
+    #end
+}
+
+// The sum of all that is infinite or NaN in a column of the values of keys `first` to `last`.
+fn non_finite_values(kv_base: u32, first: u32, last: u32, column: u32) -> vec4<f32> {
+    var sum = vec4<f32>(0.0);
+    for (var key = first; key <= last; key++) {
+        let load = v[(kv_base + key * params.kv_token_stride) * LOADS + column / LOAD_VECTORS];
+        sum += unpack_elem(vector_of_load(load ^ finite_load(load), column % LOAD_VECTORS));
+    }
+    return sum;
+}
