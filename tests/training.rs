@@ -42,8 +42,8 @@ fn losses(model: &Model, recorded: &RecordedModel, executor: &mut dyn Executor) 
     let mut losses = Vec::new();
     for step in 0..STEPS + 3 {
         let samples: Vec<_> = (0..config.batch).map(|i| corpus.sample(5, (step * config.batch + i) as u64)).collect();
-        executor.write_u32(tensors.ids, &samples.iter().flat_map(|s| s.0.clone()).collect::<Vec<_>>())?;
-        executor.write_u32(tensors.targets, &samples.iter().flat_map(|s| s.1.clone()).collect::<Vec<_>>())?;
+        executor.write_u32(tensors.ids, &samples.iter().flat_map(|s| s.ids.clone()).collect::<Vec<_>>())?;
+        executor.write_u32(tensors.targets, &samples.iter().flat_map(|s| s.targets.clone()).collect::<Vec<_>>())?;
         let (correction1, correction2) = AdamW::default().corrections(step as u64 + 1);
         let schedule = Schedule {
             learning_rate: 3e-3,

@@ -176,8 +176,29 @@ impl GpuExecutor {
             let name = self.recording.info(tensor)?.name.clone();
             return Err(Error::tensor(name, format!("holds {} elements, {len} were given", tensor.len)));
         }
-        self.gpu.queue().write_buffer(self.buffer(tensor)?, self.offset(tensor)?, bytes);
+        let buffer = self.buffer(tensor)?;
+        self.require(tensor, buffer, wgpu::BufferUsages::COPY_DST, "to be written by the host")?;
+        self.gpu.queue().write_buffer(buffer, self.offset(tensor)?, bytes);
         Ok(())
+    }
+
+    /// A tensor's bytes. Waits for the GPU.
+    fn bytes(&mut self, tensor: Tensor) -> Result<Vec<u8>> {
+        let buffer = self.buffer(tensor)?.clone();
+        self.require(tensor, &buffer, wgpu::BufferUsages::COPY_SRC, "to be read by the host")?;
+        self.download(&buffer, self.offset(tensor)?, tensor.bytes())
+    }
+
+    /// A brought buffer may lack what only the host's access needs.
+    fn require(&self, tensor: Tensor, buffer: &wgpu::Buffer, usage: wgpu::BufferUsages, purpose: &str) -> Result<()> {
+        if buffer.usage().contains(usage) {
+            return Ok(());
+        }
+        let tensor = self.recording.info(tensor)?.name.clone();
+        Err(Error::Buffer {
+            tensor,
+            problem: format!("has usage {:?}, which lacks {usage:?} {purpose}", buffer.usage()),
+        })
     }
 
     /// Copies bytes of a buffer back. Waits for the GPU.
@@ -379,7 +400,7 @@ impl Executor for GpuExecutor {
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>> {
-        let bytes = self.download(&self.buffer(tensor)?.clone(), self.offset(tensor)?, tensor.bytes())?;
+        let bytes = self.bytes(tensor)?;
         match tensor.element {
             Element::F32 => Ok(bytemuck::pod_collect_to_vec(&bytes)),
             Element::F16 => {
@@ -394,7 +415,7 @@ impl Executor for GpuExecutor {
         if tensor.element != Element::U32 {
             return Err(Error::tensor(self.recording.info(tensor)?.name.clone(), "holds numbers"));
         }
-        let bytes = self.download(&self.buffer(tensor)?.clone(), self.offset(tensor)?, tensor.bytes())?;
+        let bytes = self.bytes(tensor)?;
         Ok(bytemuck::pod_collect_to_vec(&bytes))
     }
 

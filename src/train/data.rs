@@ -16,6 +16,15 @@ pub struct Corpus {
     held_out: Vec<Range<usize>>,
 }
 
+/// A sequence and what is to be predicted from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// The id that follows each.
+    pub targets: Vec<u32>,
+}
+
 /// Every this many-th block is held out.
 const HELD_OUT_EVERY: usize = 16;
 /// Bytes of a block, where sequences are not longer.
@@ -108,8 +117,8 @@ impl Corpus {
         counts.iter().filter(|&&count| count > 0).map(|&count| count as f64 / total).map(|p| -p * p.ln()).sum()
     }
 
-    /// The number-th training sample of a seed: token ids and the ids that follow them.
-    pub fn sample(&self, seed: u64, number: u64) -> (Vec<u32>, Vec<u32>) {
+    /// The number-th training sample of a seed.
+    pub fn sample(&self, seed: u64, number: u64) -> Sample {
         let starts = |range: &Range<usize>| range.len() + 1 - self.sample;
         let total: usize = self.train.iter().map(starts).sum();
         let mut at = (splitmix64(splitmix64(seed) ^ number) % total.max(1) as u64) as usize;
@@ -123,7 +132,7 @@ impl Corpus {
     }
 
     /// Up to `count` held-out samples, evenly spread and without overlap.
-    pub fn held_out(&self, count: usize) -> Vec<(Vec<u32>, Vec<u32>)> {
+    pub fn held_out(&self, count: usize) -> Vec<Sample> {
         let starts: Vec<usize> = self
             .held_out
             .iter()
@@ -133,13 +142,13 @@ impl Corpus {
         (0..count).filter_map(|i| starts.get(i * starts.len() / count)).map(|&start| self.cut(start)).collect()
     }
 
-    fn cut(&self, start: usize) -> (Vec<u32>, Vec<u32>) {
+    fn cut(&self, start: usize) -> Sample {
         let bytes = self.bytes.get(start..start + self.sample).unwrap_or_default();
-        let ids: Vec<u32> = bytes.iter().map(|&byte| u32::from(byte)).collect();
-        (
-            ids.split_last().map_or(Vec::new(), |(_, ids)| ids.to_vec()),
-            ids.split_first().map_or(Vec::new(), |(_, ids)| ids.to_vec()),
-        )
+        let ids = |bytes: &[u8]| bytes.iter().map(|&byte| u32::from(byte)).collect();
+        Sample {
+            ids: bytes.split_last().map_or(Vec::new(), |(_, bytes)| ids(bytes)),
+            targets: bytes.split_first().map_or(Vec::new(), |(_, bytes)| ids(bytes)),
+        }
     }
 }
 
@@ -227,9 +236,9 @@ mod tests {
                 assert!(corpus.held_out.iter().all(|held| held.end <= train.start || train.end <= held.start));
             }
             for number in 0..50 {
-                let (ids, next) = corpus.sample(3, number);
-                assert_eq!((ids.len(), next.len()), (tokens, tokens));
-                assert_eq!(ids[1..], next[..tokens - 1]);
+                let Sample { ids, targets } = corpus.sample(3, number);
+                assert_eq!((ids.len(), targets.len()), (tokens, tokens));
+                assert_eq!(ids[1..], targets[..tokens - 1]);
             }
             assert!(!corpus.held_out(8).is_empty());
         }

@@ -5,6 +5,6 @@ mod schedule;
 mod trainer;
 
 pub(crate) use data::splitmix64;
-pub use data::{Corpus, crate_sources};
+pub use data::{Corpus, Sample, crate_sources};
 pub use schedule::Schedule;
 pub use trainer::{Trainer, TrainerConfig};

@@ -8,7 +8,7 @@ use crate::model::{Model, ModelConfig, RecordedModel, Segment};
 use crate::nn::adamw::{self, AdamW};
 use crate::profile::Profile;
 use crate::recording::{Executor, Recording, executor};
-use crate::train::{Corpus, Schedule};
+use crate::train::{Corpus, Sample, Schedule};
 
 /// What a run is.
 #[derive(Clone, Debug, PartialEq)]
@@ -114,15 +114,12 @@ impl Trainer {
         }
     }
 
-    fn load(&mut self, samples: &[(Vec<u32>, Vec<u32>)]) -> Result<()> {
+    fn load(&mut self, samples: &[Sample]) -> Result<()> {
         let (ids, targets) = (self.recorded.tensors.ids, self.recorded.tensors.targets);
-        let join = |which: fn(&(Vec<u32>, Vec<u32>)) -> &Vec<u32>| -> Vec<u32> {
-            samples.iter().flat_map(|sample| which(sample).iter().copied()).collect()
-        };
-        let (first, next) = (join(|sample| &sample.0), join(|sample| &sample.1));
         let executor = self.executor()?;
-        executor.write_u32(ids, &first)?;
-        executor.write_u32(targets, &next)
+        executor.write_u32(ids, &samples.iter().flat_map(|sample| sample.ids.iter().copied()).collect::<Vec<_>>())?;
+        executor
+            .write_u32(targets, &samples.iter().flat_map(|sample| sample.targets.iter().copied()).collect::<Vec<_>>())
     }
 
     fn prepare(&mut self, corpus: &Corpus) -> Result<Segment> {
