@@ -6,6 +6,10 @@
     clippy::indexing_slicing,
     reason = "nothing here panics on input"
 )]
+#![cfg_attr(
+    not(feature = "train"),
+    allow(dead_code, reason = "the model's operators use more of the recorder than attention does")
+)]
 
 mod config;
 mod cpu;

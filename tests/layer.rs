@@ -291,7 +291,7 @@ fn a_callers_device_buffers_and_encoder_serve() -> Result<()> {
         };
         let brought: Vec<_> = recorded.inputs.into_iter().chain([recorded.forward.o]).map(buffer).collect();
         let mut gpu = GpuExecutor::new(&theirs, recording.clone(), &brought)?;
-        let mut whole = GpuExecutor::new(&device.gpu, recording.clone(), &[])?;
+        let mut whole = GpuExecutor::new(&ours, recording.clone(), &[])?;
         for ((_, buffer), (tensor, values)) in brought.iter().zip(recorded.inputs.into_iter().zip(values(6, &recorded)))
         {
             theirs.queue().write_buffer(buffer, 0, bytemuck::cast_slice(&values));

@@ -21,6 +21,7 @@ shaders! {
     "attention/flash_backward_dkdv",
     "attention/flash_backward_dq",
     "attention/flash_forward",
+    "attention/flash_forward_coop",
     "lighthouse/gather",
     "lighthouse/gather_backward",
     "lighthouse/pool_score",
@@ -51,6 +52,8 @@ shaders! {
     "shared/exponent",
     "shared/gemm",
     "shared/grid",
+    "shared/load_f16",
+    "shared/load_f32",
     "shared/pyramid",
     "shared/rms_norm_backward",
     "shared/row_reduce",
@@ -84,7 +87,10 @@ impl Composed {
 pub fn compose(name: &str, prelude: &str, constants: &[(&'static str, u32)]) -> Result<Composed> {
     let mut composer = Composer { constants, source: String::new(), origins: Vec::new(), imported: HashSet::new() };
     for line in prelude.lines() {
-        composer.push("(prelude)", 0, line);
+        match line.strip_prefix("#import ") {
+            Some(module) => composer.file(module)?,
+            None => composer.push("(prelude)", 0, line),
+        }
     }
     composer.file(name)?;
     Ok(Composed { source: composer.source, origins: composer.origins })

@@ -326,31 +326,33 @@ fn record_delta(recording: &mut Recording, shape: &FlashShape, o: Tensor, d_o: T
 mod tests {
     use super::*;
     use crate::config::MAX_HEAD_DIM;
-    use crate::gpu::{parse, reflect};
+    use crate::gpu::{MatrixKind, Tier, parse, reflect};
+
+    /// A device of every tier.
+    fn devices() -> Vec<Caps> {
+        let coop = |tier: Tier, size, subgroup| {
+            let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..wgpu::Limits::default() };
+            let matrices = [Element::F16, Element::F32].map(|factors| MatrixKind { size, factors }).to_vec();
+            Caps { limits, shader_f16: true, matrices, subgroup, tier, ..Caps::default() }
+        };
+        let simt_f16 = Caps { shader_f16: true, tier: Tier::SimtF16, ..Caps::default() };
+        vec![Caps::default(), simt_f16, coop(Tier::Coop8, 8, 8), coop(Tier::Coop8, 8, 32), coop(Tier::Coop16, 16, 32)]
+    }
 
     #[test]
     fn plans_are_what_the_shaders_have() -> Result<()> {
-        let caps = Caps::default();
-        for head_dim in (8..=MAX_HEAD_DIM).step_by(8) {
-            let shape = FlashShape {
-                batch: 1,
-                tokens: 1,
-                heads: 1,
-                kv_heads: 1,
-                head_dim,
-                element: Element::F16,
-                layout: Layout::HeadsTokens,
-            };
-            let plan = plan(&caps, head_dim)?;
-            for (shader, tile) in [
-                ("attention/flash_forward", plan.forward),
-                ("attention/flash_backward_dkdv", plan.dkdv),
-                ("attention/flash_backward_dq", plan.dq),
-            ] {
-                let composed = shape.kernel(&caps, shader, &tile).compose()?;
-                let reflection = reflect(shader, &parse(shader, &composed)?)?;
-                assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes as u64, "{shader}, head_dim {head_dim}");
-                assert_eq!(reflection.invocations as usize, tile.invocations, "{shader}, head_dim {head_dim}");
+        for (caps, head_dim) in devices().iter().flat_map(|caps| (8..=MAX_HEAD_DIM).step_by(8).map(move |d| (caps, d)))
+        {
+            for element in [Element::F16, Element::F32] {
+                let layout = Layout::HeadsTokens;
+                let shape = FlashShape { batch: 1, tokens: 1, heads: 1, kv_heads: 1, head_dim, element, layout };
+                let plan = plan(caps, head_dim, element)?;
+                for tile in [plan.forward, plan.dkdv, plan.dq] {
+                    let case = format!("{}, {}, head_dim {head_dim}, {element}", tile.shader, caps.tier);
+                    let reflection = reflect(tile.shader, &parse(tile.shader, &shape.kernel(caps, &tile).compose()?)?)?;
+                    assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes as u64, "{case}");
+                    assert_eq!(reflection.invocations as usize, tile.invocations, "{case}");
+                }
             }
         }
         Ok(())
