@@ -341,16 +341,12 @@ mod tests {
                 element: Element::F16,
                 layout: Layout::HeadsTokens,
             };
-            let plan = plan(&caps, head_dim)?;
-            for (shader, tile) in [
-                ("attention/flash_forward", plan.forward),
-                ("attention/flash_backward_dkdv", plan.dkdv),
-                ("attention/flash_backward_dq", plan.dq),
-            ] {
-                let composed = shape.kernel(&caps, shader, &tile).compose()?;
-                let reflection = reflect(shader, &parse(shader, &composed)?)?;
-                assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes as u64, "{shader}, head_dim {head_dim}");
-                assert_eq!(reflection.invocations as usize, tile.invocations, "{shader}, head_dim {head_dim}");
+            let plan = plan(&caps, head_dim, shape.element)?;
+            for tile in [plan.forward, plan.dkdv, plan.dq] {
+                let composed = shape.kernel(&caps, &tile).compose()?;
+                let reflection = reflect(tile.shader, &parse(tile.shader, &composed)?)?;
+                assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes as u64, "{head_dim}: {tile:?}");
+                assert_eq!(reflection.invocations as usize, tile.invocations, "{head_dim}: {tile:?}");
             }
         }
         Ok(())
