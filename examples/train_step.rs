@@ -63,7 +63,7 @@ struct Options {
     /// Storage of activations: f32 or f16
     #[arg(long)]
     element: Option<Element>,
-    /// Peak learning rate [default: 0.06 / sqrt(width), at most 0.005]
+    /// Peak learning rate [default: 0.04 / sqrt(width)]
     #[arg(long)]
     learning_rate: Option<f32>,
     /// all, vulkan, metal, dx12, gl or cpu
@@ -99,16 +99,23 @@ struct Defaults {
 fn defaults(gpu: Option<&Gpu>) -> Defaults {
     match gpu {
         Some(gpu) if !gpu.is_software() => {
-            Defaults { steps: 500, tokens: 16_384, width: 512, layers: 8, heads: 8, element: Element::F16 }
+            Defaults { steps: 300, tokens: 16_384, width: 512, layers: 8, heads: 8, element: Element::F16 }
         }
-        _ => Defaults { steps: 120, tokens: 1024, width: 64, layers: 4, heads: 4, element: Element::F32 },
+        _ => Defaults { steps: 160, tokens: 512, width: 64, layers: 4, heads: 2, element: Element::F32 },
     }
 }
 
 /// Most bytes of the default text: enough for any run here, and read in a second.
 const TEXT_LIMIT: usize = 32 << 20;
 /// Held-out tokens that are evaluated.
-const HELD_OUT_TOKENS: usize = 64 << 10;
+const HELD_OUT_TOKENS: usize = 16 << 10;
+
+/// Where compiled pipelines are kept between runs.
+fn cache_folder() -> PathBuf {
+    let home = || std::env::home_dir().map(|home| home.join(".cache"));
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
+    base.unwrap_or_else(std::env::temp_dir).join("lighthouse-attention")
+}
 
 fn main() -> ExitCode {
     match run(&Options::parse()) {
@@ -154,14 +161,14 @@ fn config(options: &Options, gpu: Option<&Gpu>) -> Result<TrainerConfig> {
         steps,
         resume_steps: (steps as f64 * options.resume).round() as usize,
         seed: options.seed,
-        learning_rate: options.learning_rate.unwrap_or((0.06 / (width as f32).sqrt()).min(0.005)),
+        learning_rate: options.learning_rate.unwrap_or(0.04 / (width as f32).sqrt()),
         weight_decay: 0.1,
         clip_norm: 1.0,
     })
 }
 
 fn run(options: &Options) -> Result<()> {
-    let gpu = Gpu::open(&options.backend)?;
+    let gpu = Gpu::open(&options.backend)?.map(|gpu| gpu.with_pipeline_cache(&cache_folder()));
     let gpu = gpu.as_ref();
     let config = config(options, gpu)?;
     let tokens = config.model.tokens;
@@ -206,7 +213,13 @@ fn run(options: &Options) -> Result<()> {
         corpus.len() as f64 / (1 << 20) as f64,
         corpus.byte_entropy()
     );
+    let begin = Instant::now();
     trainer.start(gpu)?;
+    println!("start       {:.2} s to compile and allocate", begin.elapsed().as_secs_f64());
+    // A cache that cannot be written costs the next start some seconds and nothing else.
+    if let Err(error) = gpu.map_or(Ok(()), Gpu::store_pipelines) {
+        eprintln!("compiled pipelines are not kept: {error}");
+    }
 
     let bar = ProgressBar::new(config.steps as u64).with_style(
         ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {eta} left").unwrap_or(ProgressStyle::default_bar()),

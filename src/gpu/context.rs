@@ -1,11 +1,13 @@
 //! Adapters and devices.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::gpu::caps::{Caps, Tier};
 use crate::gpu::kernel::{Kernel, Pipeline};
+use crate::gpu::pipeline_cache::PipelineCache;
 
 /// What to tell a person whose machine shows no adapter.
 pub const NO_DRIVER_HINT: &str = "install a Vulkan driver (Debian, Ubuntu: apt install mesa-vulkan-drivers libvulkan1; \
@@ -66,6 +68,7 @@ pub struct Gpu {
     caps: Caps,
     name: String,
     pipelines: Arc<Mutex<HashMap<Kernel, Arc<Pipeline>>>>,
+    cache: Option<Arc<PipelineCache>>,
     lost: Arc<Mutex<Option<String>>>,
 }
 
@@ -117,6 +120,7 @@ impl Gpu {
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::SUBGROUP
             | wgpu::Features::SUBGROUP_BARRIER
+            | wgpu::Features::PIPELINE_CACHE
             | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("lighthouse-attention"),
@@ -150,6 +154,7 @@ impl Gpu {
             device,
             queue,
             pipelines: Arc::default(),
+            cache: None,
             lost: Arc::default(),
         }
     }
@@ -170,6 +175,22 @@ impl Gpu {
     pub fn with_tier(mut self, tier: Tier) -> Result<Self> {
         self.caps = self.caps.with_tier(tier, &self.name)?;
         Ok(self)
+    }
+
+    /// The same device with compiled pipelines kept in `folder` from one run of the program to the next, where the
+    /// driver offers it. [`store_pipelines`](Self::store_pipelines) writes them.
+    pub fn with_pipeline_cache(mut self, folder: &Path) -> Self {
+        self.cache = PipelineCache::open(&self.device, folder).map(Arc::new);
+        self
+    }
+
+    /// Writes the pipelines compiled so far, if [`with_pipeline_cache`](Self::with_pipeline_cache) was called and the
+    /// driver offers it.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the folder or the file cannot be written.
+    pub fn store_pipelines(&self) -> Result<()> {
+        self.cache.as_ref().map_or(Ok(()), |cache| cache.store())
     }
 
     /// What the device can do.
@@ -203,7 +224,8 @@ impl Gpu {
             return Ok(pipeline.clone());
         }
         // Built outside the lock, so that many can be built at a time.
-        let pipeline = Arc::new(Pipeline::new(&self.device, kernel, fields)?);
+        let cache = self.cache.as_ref().map(|cache| cache.cache());
+        let pipeline = Arc::new(Pipeline::new(&self.device, kernel, fields, cache)?);
         let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(pipelines.entry(kernel.clone()).or_insert(pipeline).clone())
     }

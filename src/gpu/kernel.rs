@@ -167,7 +167,12 @@ pub(crate) struct Pipeline {
 
 impl Pipeline {
     /// Composes, checks against the host's side and the device's limits, and builds.
-    pub fn new(device: &wgpu::Device, kernel: &Kernel, fields: &[(&'static str, usize)]) -> Result<Self> {
+    pub fn new(
+        device: &wgpu::Device,
+        kernel: &Kernel,
+        fields: &[(&'static str, usize)],
+        cache: Option<&wgpu::PipelineCache>,
+    ) -> Result<Self> {
         let name = kernel.shader;
         let composed = kernel.compose()?;
         let reflection = reflect(name, &parse(name, &composed)?)?;
@@ -208,7 +213,7 @@ impl Pipeline {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache,
         });
         match pollster::block_on(scope.pop()) {
             Some(error) => Err(Error::Shader { shader: format!("shaders/{name}.wgsl"), message: error.to_string() }),

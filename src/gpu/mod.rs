@@ -5,6 +5,7 @@ mod context;
 mod executor;
 mod kernel;
 mod memory;
+mod pipeline_cache;
 mod profile;
 mod shader;
 
