@@ -1,13 +1,12 @@
 // Scatter (spec section 7), as a gather: a token sums the rows of the entries that reach it, at most one of each level,
-// the finest first. One invocation makes four elements.
+// the finest first.
 //
-// HEAD_DIM, LEVELS (>= 2), POOLING: host constants.
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: tokens, y: b * H + h.
 
-#import shared/grid
 #import shared/pyramid
+#import shared/rows
 
 struct Params {
-    batch: u32,
     tokens: u32,
     padded_tokens: u32,
     heads: u32,
@@ -15,12 +14,10 @@ struct Params {
     gathered: u32, // S
 }
 
-@group(0) @binding(0) var<storage, read> gathered_o: array<elem4>;   // [B, H, S, D]
-@group(0) @binding(1) var<storage, read> positions: array<u32>;      // [B, H, P]
-@group(0) @binding(2) var<storage, read_write> o: array<elem4>;      // [B, N, H, D]
+@group(0) @binding(0) var<storage, read> gathered_o: array<vec4<u32>>;   // [B, H, S, D]
+@group(0) @binding(1) var<storage, read> positions: array<u32>;          // [B, H, P]
+@group(0) @binding(2) var<storage, read_write> o: array<vec4<u32>>;      // [B, N, H, D]
 @group(0) @binding(3) var<uniform> params: Params;
-
-const COLUMNS: u32 = HEAD_DIM / 4u;
 
 @compute @workgroup_size(256)
 fn main(
@@ -28,32 +25,42 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let at = linear_workgroup(workgroup, workgroups) * 256u + invocation;
-    if (at >= params.batch * params.tokens * params.heads * COLUMNS) {
+    let load = invocation % LOADS;
+    let group = invocation / LOADS;
+    if (group >= ROWS) {
         return;
     }
-    let column = at % COLUMNS;
-    let row = at / COLUMNS; // (b * N + j) * H + h
-    let head = row / (params.heads * params.tokens) * params.heads + row % params.heads;
-    let token = row / params.heads % params.tokens;
+    let batch = workgroup.y / params.heads;
+    let head = workgroup.y % params.heads;
+    let words = workgroup.y * params.entries;
+    let rows = workgroup.y * params.gathered;
 
-    let words = head * params.entries;
-    let rows = head * params.gathered;
-    var sum = vec4<f32>(0.0);
-    let own = token_position(positions[words + token / POOLING], token);
-    if (own != ABSENT) {
-        sum += unpack_elem(gathered_o[(rows + own) * COLUMNS + column]);
-    }
-    for (var l = 1u; l < LEVELS; l++) {
+    for (var token = workgroup.x * ROWS + group; token < params.tokens; token += workgroups.x * ROWS) {
+        // All places first: the rows' loads are then in flight together.
+        let place0 = token_position(positions[words + token / POOLING], token);
+        #for l in 1..LEVELS
         // An entry writes from the last token that it has seen on, for p^l tokens.
-        if (token + 1u >= window(l)) {
-            let entry = (token + 1u) / window(l) - 1u;
-            let start = level_start(l, params.padded_tokens) - params.padded_tokens;
-            let place = position(positions[words + start + entry]);
-            if (place != ABSENT) {
-                sum += unpack_elem(gathered_o[(rows + place) * COLUMNS + column]);
-            }
+        var place$l = ABSENT;
+        if (token + 1u >= window($lu)) {
+            let entry = (token + 1u) / window($lu) - 1u;
+            place$l = position(positions[words + level_start($lu, params.padded_tokens) - params.padded_tokens + entry]);
         }
+        #end
+        #for l in 0..LEVELS
+        var row$l = vec4<u32>(0u);
+        if (place$l != ABSENT) {
+            row$l = gathered_o[(rows + place$l) * LOADS + load];
+        }
+        #end
+        var sum = unpack_wide(row0);
+        #for l in 1..LEVELS
+        {
+            let row = unpack_wide(row$l);
+            #for w in 0..WIDE
+            sum[$w] += row[$w];
+            #end
+        }
+        #end
+        o[((batch * params.tokens + token) * params.heads + head) * LOADS + load] = pack_wide(sum);
     }
-    o[at] = pack_elem(sum);
 }

@@ -1,25 +1,21 @@
-// Backward of scatter (spec section 8): an entry's gradient is the sum over the tokens that its row was added to. One
-// invocation makes four elements.
+// Backward of scatter (spec section 8): an entry's gradient is the sum over the tokens that its row was added to.
 //
-// HEAD_DIM, LEVELS (>= 2), POOLING: host constants.
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: rows of the sub-sequence, y: b * H + h.
 
-#import shared/grid
 #import shared/pyramid
+#import shared/rows
 
 struct Params {
-    batch: u32,
     tokens: u32,
     padded_tokens: u32,
     heads: u32,
     gathered: u32, // S
 }
 
-@group(0) @binding(0) var<storage, read> d_o: array<elem4>;                  // [B, N, H, D]
-@group(0) @binding(1) var<storage, read> indices: array<u32>;                // [B, H, S]
-@group(0) @binding(2) var<storage, read_write> gathered_d_o: array<elem4>;   // [B, H, S, D]
+@group(0) @binding(0) var<storage, read> d_o: array<vec4<u32>>;                  // [B, N, H, D]
+@group(0) @binding(1) var<storage, read> indices: array<u32>;                    // [B, H, S]
+@group(0) @binding(2) var<storage, read_write> gathered_d_o: array<vec4<u32>>;   // [B, H, S, D]
 @group(0) @binding(3) var<uniform> params: Params;
-
-const COLUMNS: u32 = HEAD_DIM / 4u;
 
 @compute @workgroup_size(256)
 fn main(
@@ -27,26 +23,42 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let at = linear_workgroup(workgroup, workgroups) * 256u + invocation;
-    if (at >= params.batch * params.heads * params.gathered * COLUMNS) {
+    let load = invocation % LOADS;
+    let group = invocation / LOADS;
+    if (group >= ROWS) {
         return;
     }
-    let column = at % COLUMNS;
-    let row = at / COLUMNS; // (b * H + h) * S + s
-    let batch = row / params.gathered / params.heads;
-    let head = row / params.gathered % params.heads;
+    let batch = workgroup.y / params.heads;
+    let head = workgroup.y % params.heads;
 
-    let flat = indices[row];
-    var level = 0u;
-    while (level + 1u < LEVELS && flat >= level_start(level + 1u, params.padded_tokens)) {
-        level++;
+    for (var row = workgroup.x * ROWS + group; row < params.gathered; row += workgroups.x * ROWS) {
+        let flat = indices[workgroup.y * params.gathered + row];
+        var first = flat;
+        var count = 1u;
+        #for l in 1..LEVELS
+        if (flat >= level_start($lu, params.padded_tokens)) {
+            first = (flat - level_start($lu, params.padded_tokens)) * window($lu) + window($lu) - 1u;
+            count = window($lu);
+        }
+        #end
+        var sum: array<vec4<f32>, WIDE>;
+        // Windows are multiples of 2; two tokens' loads are in flight together.
+        for (var i = 0u; i < count; i += 2u) {
+            #for t in 0..2
+            var value$t = vec4<u32>(0u);
+            if ($tu < count - i && first + i + $tu < params.tokens) {
+                value$t = d_o[((batch * params.tokens + first + i + $tu) * params.heads + head) * LOADS + load];
+            }
+            #end
+            #for t in 0..2
+            {
+                let value = unpack_wide(value$t);
+                #for w in 0..WIDE
+                sum[$w] += value[$w];
+                #end
+            }
+            #end
+        }
+        gathered_d_o[(workgroup.y * params.gathered + row) * LOADS + load] = pack_wide(sum);
     }
-    let entry = flat - level_start(level, params.padded_tokens);
-    let first = entry * window(level) + window(level) - 1u;
-    let end = min(first + window(level), params.tokens);
-    var sum = vec4<f32>(0.0);
-    for (var token = first; token < end; token++) {
-        sum += unpack_elem(d_o[((batch * params.tokens + token) * params.heads + head) * COLUMNS + column]);
-    }
-    gathered_d_o[at] = pack_elem(sum);
 }

@@ -45,6 +45,29 @@ pub(crate) fn grid(caps: &Caps, count: u64) -> Result<[u32; 3]> {
     Ok([count.div_ceil(rows.max(1)) as u32, rows as u32, 1])
 }
 
+/// Vectors of four elements in 16 bytes.
+fn wide(element: Element) -> usize {
+    4 / element.bytes() as usize
+}
+
+/// Rows of `head_dim` elements that a workgroup of a memory-bound kernel has at a time (`shaders/shared/rows.wgsl`).
+pub(crate) fn rows_per_workgroup(head_dim: usize, element: Element) -> usize {
+    256 / (head_dim / (4 * wide(element)))
+}
+
+/// The grid of a memory-bound kernel: `rows` rows of each of `heads` heads (of the whole batch) of each of `tensors`
+/// tensors. A workgroup takes further rows where the device allows fewer workgroups than there are rows for.
+pub(crate) fn grid_of_rows(
+    caps: &Caps,
+    rows: usize,
+    rows_per_workgroup: usize,
+    heads: usize,
+    tensors: u32,
+) -> [u32; 3] {
+    let limit = caps.limits.max_compute_workgroups_per_dimension as usize;
+    [rows.div_ceil(rows_per_workgroup).min(limit) as u32, u32::try_from(heads).unwrap_or(u32::MAX), tensors]
+}
+
 /// A constant of a shader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Constant {
@@ -59,13 +82,14 @@ pub struct Kernel {
     tier: Tier,
     elements: Vec<(&'static str, Element)>,
     matrices: Option<(usize, Element)>,
+    wide: Option<Element>,
     constants: Vec<(&'static str, Constant)>,
 }
 
 impl Kernel {
     /// The shader at `shaders/<shader>.wgsl`.
     pub(crate) fn new(caps: &Caps, shader: &'static str) -> Self {
-        Self { shader, tier: caps.tier, elements: Vec::new(), matrices: None, constants: Vec::new() }
+        Self { shader, tier: caps.tier, elements: Vec::new(), matrices: None, wide: None, constants: Vec::new() }
     }
 
     /// Gives the shader `alias NAME4` for four stored elements, with `unpack_NAME` to and `pack_NAME` from `vec4<f32>`.
@@ -80,6 +104,12 @@ impl Kernel {
     pub(crate) fn matrices(mut self, size: usize, factors: Element) -> Self {
         self.matrices = Some((size, factors));
         self.constant("MATRIX", size).constant("LOAD_VECTORS", 4 / factors.bytes() as usize)
+    }
+
+    /// Gives the shader loads of 16 bytes of this type: `const WIDE: u32` vectors of four, `unpack_wide` and `pack_wide`.
+    pub(crate) fn wide(mut self, element: Element) -> Self {
+        self.wide = Some(element);
+        self.constant("WIDE", wide(element))
     }
 
     /// Gives the shader `const NAME: u32`.
@@ -114,6 +144,11 @@ impl Kernel {
                  alias MatrixC = coop_mat{size}x{size}<f32, C>;\n\
                  #import shared/{load}\n"
             ));
+        }
+        match self.wide {
+            Some(Element::F16) => prelude.push_str("#import shared/wide_f16\n"),
+            Some(_) => prelude.push_str("#import shared/wide_f32\n"),
+            None => {}
         }
         for (name, element) in &self.elements {
             let (alias, unpack, pack) = match element {

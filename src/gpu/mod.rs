@@ -13,7 +13,7 @@ pub use caps::{Caps, MatrixKind, Tier};
 pub use context::{Gpu, NO_DRIVER_HINT, adapters, parse_backends};
 pub use executor::GpuExecutor;
 pub use kernel::Kernel;
-pub(crate) use kernel::{Params, grid, params};
+pub(crate) use kernel::{Params, grid, grid_of_rows, params, rows_per_workgroup};
 pub use shader::{SHADERS, compose};
 #[cfg(test)]
 pub(crate) use shader::{parse, reflect};

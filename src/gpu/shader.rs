@@ -55,11 +55,14 @@ shaders! {
     "shared/load_f16",
     "shared/load_f32",
     "shared/pyramid",
+    "shared/rows",
     "shared/rms_norm_backward",
     "shared/row_reduce",
     "shared/scan",
     "shared/sigmoid",
     "shared/tile",
+    "shared/wide_f16",
+    "shared/wide_f32",
 }
 
 /// Composed WGSL with the origin of each line.

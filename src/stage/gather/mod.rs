@@ -5,12 +5,13 @@ mod reference;
 
 use crate::config::{Pyramid, Shape};
 use crate::error::Result;
-use crate::gpu::{Caps, Kernel, grid, params};
+use crate::gpu::{Kernel, grid_of_rows, params, rows_per_workgroup};
 use crate::recording::{Command, Recording};
 use crate::stage::pool_score::pyramid_rows;
 use crate::tensor::{Element, Tensor};
 
-params!(GatherParams {
+params!(GatherParams { tokens: u32, padded_tokens: u32, heads: u32, kv_heads: u32, entries: u32, gathered: u32 });
+params!(GatherBackwardParams {
     batch: u32,
     tokens: u32,
     padded_tokens: u32,
@@ -19,24 +20,6 @@ params!(GatherParams {
     entries: u32,
     gathered: u32,
 });
-
-fn params_of(shape: &Shape, pyramid: &Pyramid, batch: usize) -> GatherParams {
-    GatherParams {
-        batch: batch as u32,
-        tokens: shape.tokens as u32,
-        padded_tokens: pyramid.padded_tokens as u32,
-        heads: shape.heads as u32,
-        kv_heads: shape.kv_heads as u32,
-        entries: pyramid.entries as u32,
-        gathered: pyramid.gathered as u32,
-    }
-}
-
-/// Three planes (q, k, v) of one invocation per four elements, for `elements` of the largest.
-fn planes(caps: &Caps, elements: usize) -> Result<[u32; 3]> {
-    let [x, y, _] = grid(caps, (elements / 4).div_ceil(256) as u64)?;
-    Ok([x, y, 3])
-}
 
 /// Records the gather of q `[B, N, H, D]`, k, v `[B, N, KV, D]` and the pyramid by `indices` `[B, H, S]`; gives
 /// q~, k~ and v~, each `[B, H, S, D]`.
@@ -51,7 +34,7 @@ pub fn record_forward(
     pooled: Tensor,
     indices: Tensor,
 ) -> Result<[Tensor; 3]> {
-    let Shape { batch, heads, head_dim, element, .. } = *shape;
+    let Shape { batch, tokens, heads, kv_heads, head_dim, element } = *shape;
     recording.expect("q", q, element, &shape.q())?;
     recording.expect("k", k, element, &shape.kv())?;
     recording.expect("v", v, element, &shape.kv())?;
@@ -64,7 +47,7 @@ pub fn record_forward(
         recording.scratch("gathered_v", element, &gathered)?,
     ];
     let caps = recording.caps().clone();
-    let kernel = Kernel::new(&caps, "lighthouse/gather").element("elem", element).constant("HEAD_DIM", head_dim);
+    let kernel = Kernel::new(&caps, "lighthouse/gather").wide(element).constant("HEAD_DIM", head_dim);
     let command = Command::new("gather", reference::Gather { shape: *shape, pyramid: pyramid.clone() })
         .reads("q", q)
         .reads("k", k)
@@ -75,8 +58,17 @@ pub fn record_forward(
         .writes("gathered_k", out[1])
         .writes("gathered_v", out[2])
         .dispatch_batched(&caps, batch, kernel, |batch| {
-            let elements = batch * heads * pyramid.gathered * head_dim;
-            Ok((params_of(shape, pyramid, batch), planes(&caps, elements)?, 3 * elements as u64))
+            let params = GatherParams {
+                tokens: tokens as u32,
+                padded_tokens: pyramid.padded_tokens as u32,
+                heads: heads as u32,
+                kv_heads: kv_heads as u32,
+                entries: pyramid.entries as u32,
+                gathered: pyramid.gathered as u32,
+            };
+            let workgroups =
+                grid_of_rows(&caps, pyramid.gathered, rows_per_workgroup(head_dim, element), batch * heads, 3);
+            Ok((params, workgroups, (3 * batch * heads * pyramid.gathered * head_dim) as u64))
         })?;
     recording.push(command)?;
     Ok(out)
@@ -95,7 +87,7 @@ pub fn record_backward(
     positions: Tensor,
     out: [Tensor; 3],
 ) -> Result<()> {
-    let Shape { batch, tokens, heads, head_dim, element, .. } = *shape;
+    let Shape { batch, tokens, heads, kv_heads, head_dim, element } = *shape;
     let gathered = [batch, heads, pyramid.gathered, head_dim];
     recording.expect("gathered_dq", dq, element, &gathered)?;
     recording.expect("gathered_dk", dk, element, &gathered)?;
@@ -106,7 +98,7 @@ pub fn record_backward(
     recording.expect("dv", out[2], element, &shape.kv())?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/gather_backward")
-        .element("elem", element)
+        .wide(element)
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);
@@ -120,9 +112,18 @@ pub fn record_backward(
             .writes("dk", out[1])
             .writes("dv", out[2])
             .dispatch_batched(&caps, batch, kernel, |batch| {
-                let elements = batch * tokens * heads * head_dim;
-                let work = (3 * elements * pyramid.levels.len()) as u64;
-                Ok((params_of(shape, pyramid, batch), planes(&caps, elements)?, work))
+                let params = GatherBackwardParams {
+                    batch: batch as u32,
+                    tokens: tokens as u32,
+                    padded_tokens: pyramid.padded_tokens as u32,
+                    heads: heads as u32,
+                    kv_heads: kv_heads as u32,
+                    entries: pyramid.entries as u32,
+                    gathered: pyramid.gathered as u32,
+                };
+                let rows = rows_per_workgroup(head_dim, element);
+                let workgroups = grid_of_rows(&caps, tokens, rows, batch * heads, 3);
+                Ok((params, workgroups, (3 * batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
             })?;
     recording.push(command)
 }

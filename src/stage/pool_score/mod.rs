@@ -4,7 +4,7 @@ mod reference;
 
 use crate::config::{Pyramid, Shape};
 use crate::error::Result;
-use crate::gpu::{Kernel, grid, params};
+use crate::gpu::{Kernel, grid, params, rows_per_workgroup};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
@@ -48,7 +48,7 @@ pub fn record(
     };
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/pool_score")
-        .element("elem", shape.element)
+        .wide(shape.element)
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);
@@ -69,8 +69,8 @@ pub fn record(
                 kv_heads: kv_heads as u32,
                 entries: entries as u32,
             };
-            let row_groups = 256 / (head_dim / 4);
-            let [x, y, _] = grid(&caps, (batch * coarse * heads).div_ceil(row_groups) as u64)?;
+            let rows = rows_per_workgroup(head_dim, shape.element);
+            let [x, y, _] = grid(&caps, (batch * coarse * heads).div_ceil(rows) as u64)?;
             let work = 3 * (batch * (heads + 2 * kv_heads) * shape.tokens * head_dim) as u64;
             Ok((params, [x, y, 3], work))
         })?;

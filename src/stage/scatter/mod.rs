@@ -6,12 +6,12 @@ pub(crate) use reference::token_or_entry;
 
 use crate::config::{Pyramid, Shape};
 use crate::error::Result;
-use crate::gpu::{Kernel, grid, params};
+use crate::gpu::{Kernel, grid_of_rows, params, rows_per_workgroup};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
-params!(ScatterParams { batch: u32, tokens: u32, padded_tokens: u32, heads: u32, entries: u32, gathered: u32 });
-params!(ScatterBackwardParams { batch: u32, tokens: u32, padded_tokens: u32, heads: u32, gathered: u32 });
+params!(ScatterParams { tokens: u32, padded_tokens: u32, heads: u32, entries: u32, gathered: u32 });
+params!(ScatterBackwardParams { tokens: u32, padded_tokens: u32, heads: u32, gathered: u32 });
 
 /// Records the scatter of o~ `[B, H, S, D]` by `positions` `[B, H, P]` into `o` `[B, N, H, D]`.
 ///
@@ -31,7 +31,7 @@ pub fn record_forward(
     recording.expect("o", o, element, &shape.q())?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/scatter")
-        .element("elem", element)
+        .wide(element)
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);
@@ -41,16 +41,14 @@ pub fn record_forward(
         .writes("o", o)
         .dispatch_batched(&caps, batch, kernel, |batch| {
             let params = ScatterParams {
-                batch: batch as u32,
                 tokens: tokens as u32,
                 padded_tokens: pyramid.padded_tokens as u32,
                 heads: heads as u32,
                 entries: pyramid.entries as u32,
                 gathered: pyramid.gathered as u32,
             };
-            let elements = batch * tokens * heads * head_dim;
-            let workgroups = grid(&caps, (elements / 4).div_ceil(256) as u64)?;
-            Ok((params, workgroups, (elements * pyramid.levels.len()) as u64))
+            let workgroups = grid_of_rows(&caps, tokens, rows_per_workgroup(head_dim, element), batch * heads, 1);
+            Ok((params, workgroups, (batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
         })?;
     recording.push(command)
 }
@@ -72,7 +70,7 @@ pub fn record_backward(
     let out = recording.scratch("gathered_d_o", element, &[batch, heads, pyramid.gathered, head_dim])?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/scatter_backward")
-        .element("elem", element)
+        .wide(element)
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);
@@ -83,14 +81,13 @@ pub fn record_backward(
             .writes("gathered_d_o", out)
             .dispatch_batched(&caps, batch, kernel, |batch| {
                 let params = ScatterBackwardParams {
-                    batch: batch as u32,
                     tokens: tokens as u32,
                     padded_tokens: pyramid.padded_tokens as u32,
                     heads: heads as u32,
                     gathered: pyramid.gathered as u32,
                 };
-                let elements = batch * heads * pyramid.gathered * head_dim;
-                let workgroups = grid(&caps, (elements / 4).div_ceil(256) as u64)?;
+                let rows = rows_per_workgroup(head_dim, element);
+                let workgroups = grid_of_rows(&caps, pyramid.gathered, rows, batch * heads, 1);
                 Ok((params, workgroups, (batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
             })?;
     recording.push(command)?;
