@@ -68,6 +68,11 @@ impl Command {
         self.stage
     }
 
+    /// The kernels that its dispatches run.
+    pub fn kernels(&self) -> impl Iterator<Item = &Kernel> {
+        self.dispatches.iter().map(|dispatch| &dispatch.kernel)
+    }
+
     pub(crate) fn reads(mut self, name: &'static str, tensor: Tensor) -> Self {
         self.args.push(Arg { name, tensor, access: Access::Read });
         self

@@ -1,0 +1,186 @@
+//! Every shader that the crate can record, without a GPU: composed, validated, translated to SPIR-V, MSL and HLSL, and
+//! built as a pipeline on wgpu's noop backend. The variants are found by recording, so that no list of them can age.
+#![cfg(feature = "train")]
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use lighthouse_attention::gpu::{Kernel, SHADERS};
+use lighthouse_attention::model::{Model, ModelConfig};
+use lighthouse_attention::nn::adamw::AdamW;
+use lighthouse_attention::{
+    Caps, Element, Gpu, GpuExecutor, LighthouseAttention, LighthouseConfig, Recording, Result, Shape, Tier,
+};
+use naga::back::{hlsl, msl, spv};
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use rayon::prelude::*;
+
+/// WebGPU's default limits, and those of a large device, for which tiles may be larger.
+fn devices() -> Vec<Caps> {
+    let large = wgpu::Limits {
+        max_compute_workgroup_storage_size: 64 << 10,
+        max_compute_invocations_per_workgroup: 1024,
+        max_compute_workgroup_size_x: 1024,
+        ..wgpu::Limits::default()
+    };
+    let tiers = Tier::ALL.into_iter().flat_map(|tier| {
+        [wgpu::Limits::default(), large.clone()].map(|limits| Caps {
+            limits,
+            shader_f16: tier >= Tier::SimtF16,
+            tier,
+            ..Caps::default()
+        })
+    });
+    tiers.collect()
+}
+
+/// A layer, forward and backward.
+fn layer(caps: &Caps, config: LighthouseConfig, shape: Shape) -> Result<Recording> {
+    let mut recording = Recording::new(caps);
+    let q = recording.external("q", shape.element, &shape.q())?;
+    let k = recording.external("k", shape.element, &shape.kv())?;
+    let v = recording.external("v", shape.element, &shape.kv())?;
+    let d_o = recording.external("d_o", shape.element, &shape.q())?;
+    let layer = LighthouseAttention::new(config, shape)?;
+    let forward = layer.record_forward(&mut recording, [q, k, v])?;
+    layer.record_backward(&mut recording, &forward, d_o)?;
+    Ok(recording)
+}
+
+/// A model: a step, a dense step, an evaluation.
+fn model(caps: &Caps, width: usize, heads: usize, hidden: usize, tokens: usize, element: Element) -> Result<Recording> {
+    let config = ModelConfig {
+        batch: 1,
+        tokens,
+        width,
+        layers: 2,
+        heads,
+        kv_heads: 1,
+        hidden,
+        element,
+        attention: LighthouseConfig { levels: 2, pooling: 2, top_k: 4, chunk: 4 },
+        dense_layers: vec![0],
+    };
+    let mut recording = Recording::new(caps);
+    Model::new(config)?.record(&mut recording, &AdamW::default())?;
+    Ok(recording)
+}
+
+/// All head dims, levels, pooling factors and widths that make a kernel differ, in both storage types.
+fn recordings(caps: &Caps) -> Result<Vec<Recording>> {
+    let mut recordings = Vec::new();
+    for element in [Element::F32, Element::F16] {
+        let shape = |head_dim| Shape { batch: 1, tokens: 64, heads: 2, kv_heads: 1, head_dim, element };
+        for head_dim in (8..=256).step_by(8) {
+            let config = LighthouseConfig { levels: 2, pooling: 2, top_k: 4, chunk: 4 };
+            recordings.push(layer(caps, config, shape(head_dim))?);
+        }
+        for (levels, pooling, chunk) in [(1, 2, 2), (2, 2, 1024), (3, 4, 128), (4, 8, 2), (5, 2, 8), (6, 4, 64)] {
+            let config = LighthouseConfig { levels, pooling, top_k: chunk, chunk };
+            recordings.push(layer(caps, config, shape(64))?);
+        }
+        for (width, heads, hidden, tokens) in [(16, 2, 24, 40), (128, 1, 192, 600), (1024, 4, 1536, 64)] {
+            recordings.push(model(caps, width, heads, hidden, tokens, element)?);
+        }
+        recordings.push(model(caps, 2304, 9, 40, 8, element)?);
+    }
+    Ok(recordings)
+}
+
+/// Each WGSL text that can be recorded, once, with a kernel that composes to it.
+fn variants() -> Result<HashMap<String, Kernel>> {
+    let mut kernels = HashSet::new();
+    for caps in devices() {
+        for recording in recordings(&caps)? {
+            kernels.extend(recording.commands().iter().flat_map(|command| command.kernels().cloned()));
+        }
+    }
+    // A text may be valid on two tiers: the lesser must hold it.
+    let mut kernels: Vec<Kernel> = kernels.into_iter().collect();
+    kernels.sort_by_key(|kernel| std::cmp::Reverse(kernel.tier()));
+    kernels.into_iter().map(|kernel| Ok((kernel.compose()?.source, kernel))).collect()
+}
+
+#[test]
+fn every_shader_is_recorded() -> Result<()> {
+    let recorded: HashSet<&str> = variants()?.values().map(Kernel::shader).collect();
+    for (name, _) in SHADERS.iter().filter(|(name, _)| !name.starts_with("shared/")) {
+        assert!(recorded.contains(name), "no recording runs shaders/{name}.wgsl");
+    }
+    Ok(())
+}
+
+/// Validates and translates a shader; what goes wrong, in words.
+fn translate(source: &str, kernel: &Kernel) -> Result<(), String> {
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    capabilities.set(Capabilities::SHADER_FLOAT16, kernel.tier() >= Tier::SimtF16);
+    let module = naga::front::wgsl::parse_str(source).map_err(|e| e.emit_to_string(source))?;
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .validate(&module)
+        .map_err(|e| format!("not valid: {}", e.emit_to_string(source)))?;
+    for name in ["enable subgroups", "subgroup", "atomic<f32>"] {
+        if source.contains(name) {
+            return Err(format!("has `{name}`, which not every adapter takes"));
+        }
+    }
+    spv::write_vec(&module, &info, &spv::Options::default(), None).map_err(|e| format!("SPIR-V: {e}"))?;
+    let options = msl::Options { lang_version: (2, 4), ..msl::Options::default() };
+    msl::write_string(&module, &info, &options, &msl::PipelineOptions::default()).map_err(|e| format!("MSL: {e}"))?;
+    // f16 needs shader model 6.2.
+    let options = hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..hlsl::Options::default() };
+    let pipeline = hlsl::PipelineOptions::default();
+    let mut text = String::new();
+    hlsl::Writer::new(&mut text, &options, &pipeline)
+        .write(&module, &info, None)
+        .map(drop)
+        .map_err(|e| format!("HLSL: {e}"))
+}
+
+#[test]
+fn every_variant_translates_to_spirv_msl_and_hlsl() -> Result<()> {
+    let variants = variants()?;
+    let failures: Vec<String> = variants
+        .par_iter()
+        .filter_map(|(source, kernel)| translate(source, kernel).err().map(|e| format!("{kernel:?}: {e}")))
+        .collect();
+    assert!(failures.is_empty(), "{} of {} variants:\n{}", failures.len(), variants.len(), failures.join("\n"));
+    // Two storage types and 32 head dims of four attention kernels, at least.
+    assert!(variants.len() > 256, "only {} variants", variants.len());
+    Ok(())
+}
+
+/// A device that builds pipelines and runs nothing.
+fn noop(caps: &Caps) -> Gpu {
+    let features = if caps.shader_f16 { wgpu::Features::SHADER_F16 } else { wgpu::Features::empty() };
+    let options = wgpu::NoopBackendOptions {
+        enable: true,
+        limits: Some(caps.limits.clone()),
+        features: Some(features),
+        ..Default::default()
+    };
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::NOOP,
+        backend_options: wgpu::BackendOptions { noop: options, ..Default::default() },
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP));
+    let request = adapters[0].request_device(&wgpu::DeviceDescriptor {
+        required_features: features,
+        required_limits: caps.limits.clone(),
+        ..Default::default()
+    });
+    let (device, queue) = pollster::block_on(request).expect("a noop device");
+    Gpu::from_device(device, queue)
+}
+
+#[test]
+fn pipelines_and_bind_groups_build_within_the_default_limits() -> Result<()> {
+    for caps in devices() {
+        let gpu = noop(&caps);
+        assert_eq!(gpu.caps().tier, caps.tier);
+        for recording in recordings(gpu.caps())? {
+            GpuExecutor::new(&gpu, Arc::new(recording), &[])?;
+        }
+    }
+    Ok(())
+}
