@@ -9,6 +9,7 @@ use lighthouse_attention::{Element, Error, LighthouseAttention, LighthouseConfig
 use super::golden::Case;
 use super::{
     Aspect, Expected, Outcome, Probe, Target, Values, compare, data, devices, expect, floor, largest, max_error,
+    stated_bound,
 };
 
 /// Records one problem of a check.
