@@ -68,6 +68,11 @@ impl Command {
         self.stage
     }
 
+    /// The kernels that its dispatches run.
+    pub fn kernels(&self) -> impl Iterator<Item = &Kernel> {
+        self.dispatches.iter().map(|dispatch| &dispatch.kernel)
+    }
+
     pub(crate) fn reads(mut self, name: &'static str, tensor: Tensor) -> Self {
         self.args.push(Arg { name, tensor, access: Access::Read });
         self
@@ -196,7 +201,7 @@ impl Recording {
     }
 
     fn tensor(&mut self, name: String, element: Element, shape: &[usize], role: Role) -> Result<Tensor> {
-        let len = shape.iter().try_fold(1u64, |len, &axis| len.checked_mul(axis as u64));
+        let len = elements(shape);
         let len = len.filter(|&len| len <= u64::from(u32::MAX)).ok_or_else(|| Error::Limit {
             what: format!("tensor `{name}` of shape {shape:?}, counted in elements,"),
             needed: len.unwrap_or(u64::MAX),
@@ -229,11 +234,11 @@ impl Recording {
         let info = self.info(parent)?.clone();
         let error = |problem: String| Err(Error::tensor(info.name.clone(), problem));
         let alignment = u64::from(self.caps.limits.min_storage_buffer_offset_alignment);
-        let (start, len) = (start as u64, shape.iter().product::<usize>() as u64);
+        let (start, len) = (start as u64, elements(shape).unwrap_or(u64::MAX));
         if info.role != Role::External || info.view.is_some() {
             return error("only an external tensor that is no view itself can have views".into());
         }
-        if start + len > parent.len {
+        if start.saturating_add(len) > parent.len {
             return error(format!("a view of {len} elements from {start} reaches past its {}", parent.len));
         }
         if !(start * parent.element.bytes()).is_multiple_of(alignment) {
@@ -272,12 +277,11 @@ impl Recording {
     /// Checks that a tensor is this recording's and has this type and length; `parameter` is its name for the error.
     pub(crate) fn expect(&self, parameter: &str, tensor: Tensor, element: Element, shape: &[usize]) -> Result<()> {
         let info = self.info(tensor)?;
-        let len: usize = shape.iter().product();
-        if tensor.element != element || tensor.len != len as u64 {
+        if tensor.element != element || elements(shape) != Some(tensor.len) {
             return Err(Error::tensor(
                 info.name.clone(),
                 format!(
-                    "as {parameter} it must hold {element} {shape:?} ({len} elements), but it holds {} {}",
+                    "as {parameter} it must hold {element} {shape:?}, but it holds {} {}",
                     tensor.len, tensor.element
                 ),
             ));
@@ -358,6 +362,11 @@ impl Recording {
             Error::Unknown { what: "stage", value: stage.into(), known: known.join(", ") }
         })
     }
+}
+
+/// Elements of a shape; `None` past u64.
+fn elements(shape: &[usize]) -> Option<u64> {
+    shape.iter().try_fold(1u64, |len, &axis| len.checked_mul(axis as u64))
 }
 
 /// What runs a recording: [`GpuExecutor`](crate::GpuExecutor) or [`CpuExecutor`](crate::CpuExecutor).

@@ -277,6 +277,11 @@ fn allocate(
         }
     }
     let device = gpu.device();
+    // The recording has checked its own device's limits, which need not be this one's.
+    let available = device.limits().max_buffer_size;
+    if let Some(&needed) = plan.buffers.iter().find(|&&size| size > available) {
+        return Err(Error::Limit { what: "a tensor".into(), needed, limit: "max_buffer_size", available });
+    }
     let scope = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let buffers: Vec<wgpu::Buffer> = plan
         .buffers

@@ -92,6 +92,16 @@ impl Kernel {
         Self { shader, tier: caps.tier, elements: Vec::new(), matrices: None, wide: None, constants: Vec::new() }
     }
 
+    /// The shader's path below `shaders/` without the ending.
+    pub fn shader(&self) -> &'static str {
+        self.shader
+    }
+
+    /// The tier that it is made for.
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
     /// Gives the shader `alias NAME4` for four stored elements, with `unpack_NAME` to and `pack_NAME` from `vec4<f32>`.
     pub(crate) fn element(mut self, name: &'static str, element: Element) -> Self {
         self.elements.push((name, element));

@@ -7,7 +7,10 @@ use lighthouse_attention::stage::{gather, pool_score, scatter, select};
 use lighthouse_attention::{Element, Error, LighthouseAttention, LighthouseConfig, Recording, Result, Shape, Tensor};
 
 use super::golden::Case;
-use super::{Aspect, Expected, Outcome, Probe, Target, Values, compare, data, devices, expect, largest, max_error};
+use super::{
+    Aspect, Expected, Outcome, Probe, Target, Values, compare, data, devices, expect, floor, largest, max_error,
+    stated_bound,
+};
 
 /// Records one problem of a check.
 type Record = fn(&mut Recording, &Problem) -> Result<Probe>;
@@ -41,7 +44,7 @@ fn problems(element: Element) -> Vec<Problem> {
         problem((2, 4, 16, 4), (2, 277, 4, 2, 24), element),
         problem((3, 4, 32, 8), (1, 501, 3, 1, 64), element),
         problem((4, 2, 32, 16), (1, 333, 2, 2, 128), element),
-        problem((5, 2, 16, 8), (1, 250, 2, 1, 40), element),
+        problem((5, 2, 16, 8), (1, 250, 2, 1, 24), element),
         problem((3, 8, 128, 128), (1, 700, 1, 1, 256), element),
     ]
 }
@@ -50,7 +53,7 @@ fn problems(element: Element) -> Vec<Problem> {
 fn dense_problems(element: Element) -> Vec<Problem> {
     let one_level = (1, 2, 2, 2);
     vec![
-        problem(one_level, (1, 1, 1, 1, 8), element),
+        problem(one_level, (1, 3, 1, 1, 8), element),
         problem(one_level, (2, 65, 4, 2, 24), element),
         problem(one_level, (1, 301, 3, 1, 64), element),
         problem(one_level, (1, 130, 2, 2, 128), element),
@@ -61,6 +64,12 @@ fn dense_problems(element: Element) -> Vec<Problem> {
 /// Problems of both kinds that are quick, for checks that run them in many variants.
 fn small_problems(element: Element) -> Vec<Problem> {
     vec![problem((3, 2, 16, 4), (1, 157, 4, 2, 16), element), problem((1, 2, 2, 2), (1, 157, 4, 2, 16), element)]
+}
+
+/// A problem whose budget takes all candidates: no rounding of the scores can change the selection.
+#[cfg(feature = "train")]
+fn certain_problems(element: Element) -> Vec<Problem> {
+    vec![problem((3, 2, 128, 128), (1, 157, 4, 2, 16), element)]
 }
 
 /// All checks, those of the stages in the order of the layer's forward and backward.
@@ -89,6 +98,8 @@ pub fn table() -> Vec<Check> {
         table.push(Check::reference(name("equal scores"), BACKWARD, equal_scores, small_problems(element)));
         table.push(Check::property(name("causality"), causality, small_problems(element)));
         table.push(Check::property(name("NaN and infinity"), non_finite, small_problems(element)));
+        #[cfg(feature = "train")]
+        table.push(Check::property(name("training step"), training_step, certain_problems(element)));
     }
     table
 }
@@ -363,6 +374,66 @@ fn non_finite(target: &Target, problem: &Problem) -> Result<Vec<Outcome>> {
         }
     }
     Ok(outcomes)
+}
+
+/// Loss and gradient of a model's step: every operator that training adds, in a row.
+#[cfg(feature = "train")]
+fn training_step(target: &Target, problem: &Problem) -> Result<Vec<Outcome>> {
+    let [exact, single] = [step(&Target::CpuF64, problem)?, step(&Target::CpuF32, problem)?];
+    let got = step(target, problem)?;
+    let outcome = |(i, output): (usize, &str)| {
+        let exact: Vec<f64> = exact[i].iter().map(|&x| f64::from(x)).collect();
+        let allowed = match target {
+            Target::Gpu(_) => BACKWARD * max_error(&exact, &single[i]) + floor(Element::F32, &exact),
+            Target::CpuF32 | Target::CpuF64 => stated_bound(problem.shape.element, &exact),
+        };
+        Outcome { aspect: Aspect::Values, output: output.into(), error: max_error(&exact, &got[i]), allowed }
+    };
+    Ok(["loss", "gradient"].into_iter().enumerate().map(outcome).collect())
+}
+
+#[cfg(feature = "train")]
+fn step(target: &Target, problem: &Problem) -> Result<[Vec<f32>; 2]> {
+    use std::sync::Arc;
+
+    use lighthouse_attention::model::{Model, ModelConfig, VOCABULARY};
+    use lighthouse_attention::nn::adamw::{AdamW, Schedule};
+
+    let Problem { config, shape, seed } = problem;
+    let model = Model::new(ModelConfig {
+        batch: shape.batch,
+        tokens: shape.tokens,
+        width: shape.heads * shape.head_dim,
+        layers: 1,
+        heads: shape.heads,
+        kv_heads: shape.kv_heads,
+        hidden: 72,
+        element: shape.element,
+        attention: *config,
+        dense_layers: Vec::new(),
+    })?;
+    let mut recording = Recording::new(&target.caps());
+    let recorded = model.record(&mut recording, &AdamW::default())?;
+    let mut executor = target.executor(Arc::new(recording))?;
+    let tensors = &recorded.tensors;
+    model.initialize(&mut *executor, tensors, *seed)?;
+    let text = |salt: u64| -> Vec<u32> {
+        let byte = |i| (data::splitmix64(seed + salt + i) % VOCABULARY as u64) as u32;
+        (0..(shape.batch * shape.tokens) as u64).map(byte).collect()
+    };
+    executor.write_u32(tensors.ids, &text(0))?;
+    executor.write_u32(tensors.targets, &text(1))?;
+    let schedule = Schedule {
+        learning_rate: 1e-3,
+        correction1: 0.1,
+        correction2: 0.05,
+        weight_decay: 0.1,
+        clip_norm: 1.0,
+        inverse_loss_scale: 1.0 / model.config().loss_scale(),
+    };
+    executor.write(tensors.schedule, &schedule.encode())?;
+    executor.run_range(recorded.train.commands.clone())?;
+    Ok([executor.read(recorded.train.loss)?, executor.read(tensors.gradient)?])
 }
 
 /// A golden case's outcomes: indices exactly, float32 values within 5e-6 times the tensor's largest magnitude, at

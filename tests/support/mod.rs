@@ -167,20 +167,28 @@ impl Target {
         }
     }
 
+    /// What a recording for the target is planned with.
+    pub fn caps(&self) -> Caps {
+        match self {
+            Self::CpuF32 | Self::CpuF64 => Caps::cpu(),
+            Self::Gpu(device) => device.gpu.caps().clone(),
+        }
+    }
+
+    /// What runs a recording on the target.
+    pub fn executor(&self, recording: Arc<Recording>) -> Result<Box<dyn Executor>> {
+        Ok(match self {
+            Self::CpuF32 => Box::new(CpuExecutor::<f32>::new(recording)),
+            Self::CpuF64 => Box::new(CpuExecutor::<f64>::new(recording)),
+            Self::Gpu(device) => Box::new(GpuExecutor::new(&device.gpu, recording, &[])?),
+        })
+    }
+
     /// Records a case, runs it once and returns its outputs in order.
     pub fn run(&self, build: Build<'_>) -> Result<Vec<Values>> {
-        let cpu = Caps::cpu();
-        let mut recording = Recording::new(match self {
-            Self::CpuF32 | Self::CpuF64 => &cpu,
-            Self::Gpu(device) => device.gpu.caps(),
-        });
+        let mut recording = Recording::new(&self.caps());
         let probe = build(&mut recording)?;
-        let recording = Arc::new(recording);
-        match self {
-            Self::CpuF32 => probe.run(&mut CpuExecutor::<f32>::new(recording)),
-            Self::CpuF64 => probe.run(&mut CpuExecutor::<f64>::new(recording)),
-            Self::Gpu(device) => probe.run(&mut GpuExecutor::new(&device.gpu, recording, &[])?),
-        }
+        probe.run(&mut *self.executor(Arc::new(recording))?)
     }
 }
 
@@ -227,22 +235,27 @@ enum Truth {
 }
 
 impl Expected {
-    /// The CPU in single precision against itself in double: there is no other machine to compare it with, so the
-    /// bound is a stated one, that of the golden vectors for f32 and eight roundings of the storage type for f16.
+    /// The CPU in single precision against itself in double.
     pub fn on_cpu(&self) -> Vec<Outcome> {
         let outcome = |(output, tensor, truth): &(String, Tensor, Truth)| {
             let (error, allowed) = match truth {
                 // `expect` has compared them.
                 Truth::Index(_) => (0.0, 0.0),
                 Truth::Float { exact, same_storage } => {
-                    let unit = if tensor.element() == Element::F16 { 8.0 * 2.0f64.powi(-11) } else { 5e-6 };
-                    (max_error(exact, same_storage), unit * largest(exact).max(1.0))
+                    (max_error(exact, same_storage), stated_bound(tensor.element(), exact))
                 }
             };
             Outcome { aspect: Aspect::Values, output: output.clone(), error, allowed }
         };
         self.outputs.iter().map(outcome).collect()
     }
+}
+
+/// What the CPU in single precision may err: there is no other machine to compare it with, so this is the bound of the
+/// golden vectors for f32, and eight roundings of the storage type for f16.
+pub fn stated_bound(element: Element, exact: &[f64]) -> f64 {
+    let unit = if element == Element::F16 { 8.0 * 2.0f64.powi(-11) } else { 5e-6 };
+    unit * largest(exact).max(1.0)
 }
 
 /// Runs the CPU's part of a case.
