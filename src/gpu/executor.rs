@@ -17,10 +17,6 @@ use crate::profile::Profile;
 use crate::recording::{Access, Command, Dispatch, Executor, Recording};
 use crate::tensor::{Element, Role, Tensor};
 
-/// Work of one submission, in floating-point operations. Desktop drivers reset a device whose submission runs for about
-/// 2 s; a GPU of 1 TFLOP/s takes 0.5 s for this much.
-const WORK_PER_SUBMIT: u64 = 1 << 39;
-
 /// A dispatch, ready to be encoded.
 #[derive(Debug)]
 struct Step {
@@ -426,13 +422,15 @@ impl Executor for GpuExecutor {
 
     fn run_range(&mut self, range: Range<usize>) -> Result<()> {
         let steps: Vec<&Step> = self.steps.get(range).unwrap_or_default().iter().flatten().collect();
+        // A submission that runs too long is reset like a dispatch: it takes two of the longest.
+        let limit = self.recording.caps().work_per_dispatch.saturating_mul(2);
         let mut rest = steps.as_slice();
         while !rest.is_empty() {
             let mut work = 0u64;
             let fits = rest.iter().take_while(|step| {
                 let first = work == 0;
                 work = work.saturating_add(step.work);
-                first || work <= WORK_PER_SUBMIT
+                first || work <= limit
             });
             let (now, later) = rest.split_at(fits.count().max(1));
             let mut encoder = self.gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
