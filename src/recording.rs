@@ -73,6 +73,12 @@ impl Command {
         self.dispatches.iter().map(|dispatch| &dispatch.kernel)
     }
 
+    /// The number of dispatches that it takes on a GPU: more than one where a tensor is bound in slices, or where one
+    /// dispatch would run too long.
+    pub fn dispatches(&self) -> usize {
+        self.dispatches.len()
+    }
+
     pub(crate) fn reads(mut self, name: &'static str, tensor: Tensor) -> Self {
         self.args.push(Arg { name, tensor, access: Access::Read });
         self

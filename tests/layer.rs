@@ -344,3 +344,31 @@ fn the_gpu_takes_over_from_the_cpu_at_any_stage() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_batch_in_slices_gives_the_same_bits() -> Result<()> {
+    let (config, shape) = (config(3, 2, 16, 8), shape(3, 256, 2, 1, 64, Element::F32));
+    for device in devices() {
+        let run = |caps: &Caps| -> Result<(usize, Vec<Vec<f32>>)> {
+            let mut recording = Recording::new(caps);
+            let recorded = record(&mut recording, config, shape)?;
+            let dispatches = recording.commands().iter().map(|command| command.dispatches()).sum();
+            let mut gpu = GpuExecutor::new(&device.gpu, Arc::new(recording), &[])?;
+            for (tensor, values) in recorded.inputs.into_iter().zip(values(4, &recorded)) {
+                gpu.write(tensor, &values)?;
+            }
+            gpu.run()?;
+            let Gradients { dq, dk, dv } = recorded.gradients;
+            let outputs = [recorded.forward.o, dq, dk, dv].map(|tensor| gpu.read(tensor));
+            Ok((dispatches, outputs.into_iter().collect::<Result<_>>()?))
+        };
+        let (whole, expected) = run(device.gpu.caps())?;
+        // Bindings that hold two of the three sequences of the largest tensor.
+        let mut caps = device.gpu.caps().clone();
+        caps.limits.max_storage_buffer_binding_size = 2 * (shape.tokens * shape.heads * shape.head_dim * 4) as u64 * 2;
+        let (sliced, outputs) = run(&caps)?;
+        assert!(sliced > whole, "{sliced} dispatches in slices, {whole} whole");
+        assert!(outputs == expected, "the bits differ on {}, {}", device.adapter, device.tier);
+    }
+    Ok(())
+}
