@@ -1,6 +1,5 @@
 //! Every shader that the crate can record, without a GPU: composed, validated, translated to SPIR-V, MSL and HLSL, and
 //! built as a pipeline on wgpu's noop backend. The variants are found by recording, so that no list of them can age.
-#![cfg(feature = "train")]
 
 #[path = "support/noop.rs"]
 mod noop;

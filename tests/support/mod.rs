@@ -4,6 +4,8 @@
 pub mod checks;
 pub mod data;
 pub mod golden;
+#[cfg(feature = "train")]
+mod training_step;
 
 use std::sync::{Arc, OnceLock};
 
