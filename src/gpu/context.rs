@@ -28,6 +28,10 @@ pub fn parse_backends(word: &str) -> Result<wgpu::Backends> {
     }
 }
 
+fn names(backends: wgpu::Backends) -> String {
+    backends.iter_names().map(|(name, _)| name.to_lowercase()).collect::<Vec<_>>().join(", ")
+}
+
 fn instance(backends: wgpu::Backends) -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() })
 }
@@ -82,8 +86,7 @@ impl Gpu {
     /// forced tier.
     pub fn new(backends: wgpu::Backends) -> Result<Self> {
         let adapter = adapters(backends).into_iter().min_by_key(|adapter| preference(&adapter.get_info()));
-        let adapter =
-            adapter.ok_or_else(|| Error::NoAdapter { backends: format!("{backends:?}"), hint: NO_DRIVER_HINT })?;
+        let adapter = adapter.ok_or_else(|| Error::NoAdapter { backends: names(backends), hint: NO_DRIVER_HINT })?;
         let gpu = Self::from_adapter(&adapter)?;
         match std::env::var("LIGHTHOUSE_TIER") {
             Ok(tier) => gpu.with_tier(tier.parse()?),

@@ -25,6 +25,8 @@ pub struct Sample {
     pub targets: Vec<u32>,
 }
 
+/// What errors call text that is in memory.
+const TEXT: &str = "in memory";
 /// Every this many-th block is held out.
 const HELD_OUT_EVERY: usize = 16;
 /// Bytes of a block, where sequences are not longer.
@@ -40,7 +42,10 @@ impl Corpus {
         let error = |problem: String| Error::Data { path: path.display().to_string(), problem };
         let metadata = fs::metadata(path).map_err(|e| error(e.to_string()))?;
         let files = if metadata.is_dir() { files_below(path, |_| true) } else { vec![path.to_owned()] };
-        Self::from_files(&files, usize::MAX, tokens).map_err(|problem| error(problem.to_string()))
+        Self::from_files(&files, usize::MAX, tokens).map_err(|problem| match problem {
+            Error::Data { path, problem } if path == TEXT => error(problem),
+            other => other,
+        })
     }
 
     /// Concatenates files, at most `limit` bytes of them.
@@ -70,7 +75,7 @@ impl Corpus {
         let len = bytes.len();
         if len < 2 * sample {
             return Err(Error::Data {
-                path: "text".into(),
+                path: TEXT.into(),
                 problem: format!(
                     "holds {len} bytes; sequences of {tokens} tokens need at least {} (one to train on, one held out, \
                      each with the byte that follows it)",
