@@ -1,7 +1,7 @@
 // Gather (spec section 6): the rows of q, k and v that the indices name, tokens from the inputs and coarser entries from
 // the pyramid, into contiguous [S, D] blocks per head. Rows are moved as they are, whatever their type.
 //
-// Workgroup id x: rows of the sub-sequence, y: b * H + h, z: 0 = q, 1 = k, 2 = v.
+// Workgroup id x: b * H + h, y: rows of the sub-sequence, z: 0 = q, 1 = k, 2 = v.
 
 #import shared/rows
 
@@ -36,15 +36,15 @@ fn main(
         return;
     }
     let tensor = workgroup.z;
-    let batch = workgroup.y / params.heads;
-    let query_head = workgroup.y % params.heads;
+    let batch = workgroup.x / params.heads;
+    let query_head = workgroup.x % params.heads;
     let heads = select(params.kv_heads, params.heads, tensor == 0u);
     let head = select(query_head / (params.heads / params.kv_heads), query_head, tensor == 0u);
     let section = select(params.heads + (tensor - 1u) * params.kv_heads, 0u, tensor == 0u);
     let pooled_row = (batch * (params.heads + 2u * params.kv_heads) + section) * params.entries;
 
-    for (var row = workgroup.x * ROWS + group; row < params.gathered; row += workgroups.x * ROWS) {
-        let entry = indices[workgroup.y * params.gathered + row];
+    for (var row = workgroup.y * ROWS + group; row < params.gathered; row += workgroups.y * ROWS) {
+        let entry = indices[workgroup.x * params.gathered + row];
         var value = vec4<u32>(0u); // tokens past N
         if (entry >= params.padded_tokens) {
             value = pyramid[(pooled_row + (entry - params.padded_tokens) * heads + head) * LOADS + load];
@@ -56,7 +56,7 @@ fn main(
                 default: { value = v[at]; }
             }
         }
-        let to = (workgroup.y * params.gathered + row) * LOADS + load;
+        let to = (workgroup.x * params.gathered + row) * LOADS + load;
         switch (tensor) {
             case 0u: { gathered_q[to] = value; }
             case 1u: { gathered_k[to] = value; }

@@ -1,7 +1,7 @@
 // Backward of gather and pool (spec section 8): a token's gradient is the sum over levels of its entry's, divided by the
 // tokens of the entry; for k and v also over the query heads of the group.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: tokens, y: b * H + h (of kv heads for dk and dv), z: 0 = dq,
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h (of kv heads for dk and dv), y: tokens, z: 0 = dq,
 // 1 = dk, 2 = dv.
 
 #import shared/pyramid
@@ -44,14 +44,14 @@ fn main(
     let lane_group = invocation / LOADS;
     let tensor = workgroup.z;
     let heads = select(params.kv_heads, params.heads, tensor == 0u);
-    if (lane_group >= ROWS || workgroup.y >= params.batch * heads) {
+    if (lane_group >= ROWS || workgroup.x >= params.batch * heads) {
         return;
     }
-    let batch = workgroup.y / heads;
-    let head = workgroup.y % heads;
+    let batch = workgroup.x / heads;
+    let head = workgroup.x % heads;
     let group = params.heads / heads; // query heads that share this head: 1 for dq
 
-    for (var token = workgroup.x * ROWS + lane_group; token < params.tokens; token += workgroups.x * ROWS) {
+    for (var token = workgroup.y * ROWS + lane_group; token < params.tokens; token += workgroups.y * ROWS) {
         var sum: array<vec4<f32>, WIDE>;
         for (var g = 0u; g < group; g++) {
             let query_head = batch * params.heads + head * group + g;

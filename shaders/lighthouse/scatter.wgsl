@@ -1,7 +1,7 @@
 // Scatter (spec section 7), as a gather: a token sums the rows of the entries that reach it, at most one of each level,
 // the finest first.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: tokens, y: b * H + h.
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h, y: tokens.
 
 #import shared/pyramid
 #import shared/rows
@@ -30,12 +30,12 @@ fn main(
     if (group >= ROWS) {
         return;
     }
-    let batch = workgroup.y / params.heads;
-    let head = workgroup.y % params.heads;
-    let words = workgroup.y * params.entries;
-    let rows = workgroup.y * params.gathered;
+    let batch = workgroup.x / params.heads;
+    let head = workgroup.x % params.heads;
+    let words = workgroup.x * params.entries;
+    let rows = workgroup.x * params.gathered;
 
-    for (var token = workgroup.x * ROWS + group; token < params.tokens; token += workgroups.x * ROWS) {
+    for (var token = workgroup.y * ROWS + group; token < params.tokens; token += workgroups.y * ROWS) {
         // All places first: the rows' loads are then in flight together.
         let place0 = token_position(positions[words + token / POOLING], token);
         #for l in 1..LEVELS

@@ -1,6 +1,6 @@
 // Backward of scatter (spec section 8): an entry's gradient is the sum over the tokens that its row was added to.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: rows of the sub-sequence, y: b * H + h.
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h, y: rows of the sub-sequence.
 
 #import shared/pyramid
 #import shared/rows
@@ -28,11 +28,11 @@ fn main(
     if (group >= ROWS) {
         return;
     }
-    let batch = workgroup.y / params.heads;
-    let head = workgroup.y % params.heads;
+    let batch = workgroup.x / params.heads;
+    let head = workgroup.x % params.heads;
 
-    for (var row = workgroup.x * ROWS + group; row < params.gathered; row += workgroups.x * ROWS) {
-        let flat = indices[workgroup.y * params.gathered + row];
+    for (var row = workgroup.y * ROWS + group; row < params.gathered; row += workgroups.y * ROWS) {
+        let flat = indices[workgroup.x * params.gathered + row];
         var first = flat;
         var count = 1u;
         #for l in 1..LEVELS
@@ -59,6 +59,6 @@ fn main(
             }
             #end
         }
-        gathered_d_o[(workgroup.y * params.gathered + row) * LOADS + load] = pack_wide(sum);
+        gathered_d_o[(workgroup.x * params.gathered + row) * LOADS + load] = pack_wide(sum);
     }
 }

@@ -65,7 +65,7 @@ pub(crate) fn grid_of_rows(
     tensors: u32,
 ) -> [u32; 3] {
     let limit = caps.limits.max_compute_workgroups_per_dimension as usize;
-    [rows.div_ceil(rows_per_workgroup).min(limit) as u32, u32::try_from(heads).unwrap_or(u32::MAX), tensors]
+    [u32::try_from(heads).unwrap_or(u32::MAX), rows.div_ceil(rows_per_workgroup).min(limit) as u32, tensors]
 }
 
 /// A constant of a shader.
