@@ -1,8 +1,11 @@
 // Backward of gather and pool (spec section 8): a token's gradient is the sum over levels of its entry's, divided by the
 // tokens of the entry; for k and v also over the query heads of the group.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h (of kv heads for dk and dv), y: tokens, z: 0 = dq,
-// 1 = dk, 2 = dv.
+// The tokens of an entry of level 1 have the same coarser entries: a row group has these tokens together, and looks up
+// and sums those entries once.
+//
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h (of kv heads for dk and dv), y: entries of level 1,
+// z: 0 = dq, 1 = dk, 2 = dv.
 
 #import shared/pyramid
 #import shared/rows
@@ -51,39 +54,64 @@ fn main(
     let head = workgroup.x % heads;
     let group = params.heads / heads; // query heads that share this head: 1 for dq
 
-    for (var token = workgroup.y * ROWS + lane_group; token < params.tokens; token += workgroups.y * ROWS) {
-        var sum: array<vec4<f32>, WIDE>;
+    for (var parent = workgroup.y * ROWS + lane_group; parent * POOLING < params.tokens; parent += workgroups.y * ROWS) {
+        let first = parent * POOLING;
+        var coarser: array<vec4<f32>, WIDE>;
         for (var g = 0u; g < group; g++) {
             let query_head = batch * params.heads + head * group + g;
-            let words = query_head * params.entries;
-            let rows = query_head * params.gathered;
-            // All places first: the rows' loads are then in flight together.
-            let place0 = token_position(positions[words + token / POOLING], token);
+            // All rows' loads before the first use: they are in flight together.
             #for l in 1..LEVELS
-            let start$l = level_start($lu, params.padded_tokens) - params.padded_tokens;
-            let place$l = position(positions[words + start$l + token / window($lu)]);
-            #end
-            #for l in 0..LEVELS
             var row$l = vec4<u32>(0u);
+            let entry$l = level_start($lu, params.padded_tokens) - params.padded_tokens + first / window($lu);
+            let place$l = position(positions[query_head * params.entries + entry$l]);
             if (place$l != ABSENT) {
-                row$l = gathered(tensor, (rows + place$l) * LOADS + load);
+                row$l = gathered(tensor, (query_head * params.gathered + place$l) * LOADS + load);
             }
             #end
-            #for l in 0..LEVELS
+            #for l in 1..LEVELS
             {
                 let row = unpack_wide(row$l);
                 #for w in 0..WIDE
-                sum[$w] += row[$w] / f32(window($lu));
+                coarser[$w] += row[$w] / f32(window($lu));
                 #end
             }
             #end
         }
-        let to = ((batch * params.tokens + token) * heads + head) * LOADS + load;
-        let value = pack_wide(sum);
-        switch (tensor) {
-            case 0u: { dq[to] = value; }
-            case 1u: { dk[to] = value; }
-            default: { dv[to] = value; }
+        for (var t = 0u; t < POOLING; t += 2u) {
+            #for i in 0..2
+            let token$i = first + t + $iu;
+            var sum$i = coarser;
+            #end
+            for (var g = 0u; g < group; g++) {
+                let query_head = batch * params.heads + head * group + g;
+                let word = positions[query_head * params.entries + parent];
+                #for i in 0..2
+                var own$i = vec4<u32>(0u);
+                let place$i = token_position(word, token$i);
+                if (place$i != ABSENT) {
+                    own$i = gathered(tensor, (query_head * params.gathered + place$i) * LOADS + load);
+                }
+                #end
+                #for i in 0..2
+                {
+                    let row = unpack_wide(own$i);
+                    #for w in 0..WIDE
+                    sum$i[$w] += row[$w];
+                    #end
+                }
+                #end
+            }
+            #for i in 0..2
+            if (token$i < params.tokens) {
+                let to = ((batch * params.tokens + token$i) * heads + head) * LOADS + load;
+                let value = pack_wide(sum$i);
+                switch (tensor) {
+                    case 0u: { dq[to] = value; }
+                    case 1u: { dk[to] = value; }
+                    default: { dv[to] = value; }
+                }
+            }
+            #end
         }
     }
 }

@@ -1,7 +1,10 @@
 // Scatter (spec section 7), as a gather: a token sums the rows of the entries that reach it, at most one of each level,
-// the finest first.
+// coarser ones first.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h, y: tokens.
+// The POOLING tokens from the last one of a window of level 1 on get the same coarser entries: a row group has these
+// tokens together, and looks up and sums those entries once.
+//
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h, y: such blocks of tokens.
 
 #import shared/pyramid
 #import shared/rows
@@ -35,32 +38,57 @@ fn main(
     let words = workgroup.x * params.entries;
     let rows = workgroup.x * params.gathered;
 
-    for (var token = workgroup.y * ROWS + group; token < params.tokens; token += workgroups.y * ROWS) {
-        // All places first: the rows' loads are then in flight together.
-        let place0 = token_position(positions[words + token / POOLING], token);
+    for (var block = workgroup.y * ROWS + group; block <= params.tokens / POOLING; block += workgroups.y * ROWS) {
+        // Entry block - 1 of level 1 ends with the block's first token; the others are of entry `block`.
+        let end = block * POOLING;
+        var before = ABSENT;
+        if (block > 0u) {
+            before = positions[words + block - 1u];
+        }
+        var after = ABSENT;
+        if (end < params.padded_tokens) {
+            after = positions[words + block];
+        }
+        // All rows' loads before the first use: they are in flight together.
         #for l in 1..LEVELS
-        // An entry writes from the last token that it has seen on, for p^l tokens.
-        var place$l = ABSENT;
-        if (token + 1u >= window($lu)) {
-            let entry = (token + 1u) / window($lu) - 1u;
-            place$l = position(positions[words + level_start($lu, params.padded_tokens) - params.padded_tokens + entry]);
-        }
-        #end
-        #for l in 0..LEVELS
         var row$l = vec4<u32>(0u);
-        if (place$l != ABSENT) {
-            row$l = gathered_o[(rows + place$l) * LOADS + load];
+        // An entry writes from the last token that it has seen on, for p^l tokens.
+        if (end >= window($lu)) {
+            let entry = level_start($lu, params.padded_tokens) - params.padded_tokens + end / window($lu) - 1u;
+            let place = position(positions[words + entry]);
+            if (place != ABSENT) {
+                row$l = gathered_o[(rows + place) * LOADS + load];
+            }
         }
         #end
-        var sum = unpack_wide(row0);
+        var coarser: array<vec4<f32>, WIDE>;
         #for l in 1..LEVELS
         {
             let row = unpack_wide(row$l);
             #for w in 0..WIDE
-            sum[$w] += row[$w];
+            coarser[$w] += row[$w];
             #end
         }
         #end
-        o[((batch * params.tokens + token) * params.heads + head) * LOADS + load] = pack_wide(sum);
+        for (var t = 0u; t < POOLING; t += 2u) {
+            #for i in 0..2
+            // Token -1 of block 0 wraps, and is past the last one.
+            let token$i = end + t + $iu - 1u;
+            var own$i = vec4<u32>(0u);
+            let place$i = token_position(select(after, before, t + $iu == 0u), token$i);
+            if (place$i != ABSENT) {
+                own$i = gathered_o[(rows + place$i) * LOADS + load];
+            }
+            #end
+            #for i in 0..2
+            if (token$i < params.tokens) {
+                var sum = unpack_wide(own$i);
+                #for w in 0..WIDE
+                sum[$w] += coarser[$w];
+                #end
+                o[((batch * params.tokens + token$i) * params.heads + head) * LOADS + load] = pack_wide(sum);
+            }
+            #end
+        }
     }
 }

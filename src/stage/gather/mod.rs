@@ -122,7 +122,8 @@ pub fn record_backward(
                     gathered: pyramid.gathered as u32,
                 };
                 let rows = rows_per_workgroup(head_dim, element);
-                let workgroups = grid_of_rows(&caps, tokens, rows, batch * heads, 3);
+                let parents = tokens.div_ceil(pyramid.config.pooling);
+                let workgroups = grid_of_rows(&caps, parents, rows, batch * heads, 3);
                 Ok((params, workgroups, (3 * batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
             })?;
     recording.push(command)

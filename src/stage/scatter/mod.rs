@@ -47,7 +47,8 @@ pub fn record_forward(
                 entries: pyramid.entries as u32,
                 gathered: pyramid.gathered as u32,
             };
-            let workgroups = grid_of_rows(&caps, tokens, rows_per_workgroup(head_dim, element), batch * heads, 1);
+            let (blocks, rows) = (tokens / pyramid.config.pooling + 1, rows_per_workgroup(head_dim, element));
+            let workgroups = grid_of_rows(&caps, blocks, rows, batch * heads, 1);
             Ok((params, workgroups, (batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
         })?;
     recording.push(command)
