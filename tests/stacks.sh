@@ -225,6 +225,7 @@ install_all() {
   fi
   [[ $stacks != *[[:space:]\"\\]* ]] ||
     die "cargo cannot start tests from '$stacks': set LIGHTHOUSE_STACKS to a path without spaces"
+  command -v cc >/dev/null || apt_install gcc libc6-dev # cargo's linker
   # The loaders of Vulkan and OpenGL, which wgpu opens, and Mesa's OpenGL ES.
   apt_install libvulkan1 libegl1 libegl-mesa0 libgl1-mesa-dri libgles2
   for stack in lavapipe swiftshader gl; do
