@@ -225,6 +225,14 @@ impl<T: Instance> Executor for CpuExecutor<T> {
         Ok(())
     }
 
+    fn clear(&mut self, tensor: Tensor) -> Result<()> {
+        match tensor.element {
+            Element::U32 => self.indices(tensor)?.fill(0),
+            Element::F32 | Element::F16 => self.floats(tensor)?.fill(T::zero()),
+        }
+        Ok(())
+    }
+
     fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>> {
         Ok(self.floats(tensor)?.iter().map(|x| x.as_f32()).collect())
     }

@@ -386,6 +386,9 @@ pub trait Executor {
     /// Sets an index tensor. Errors: wrong length or a float tensor.
     fn write_u32(&mut self, tensor: Tensor, values: &[u32]) -> Result<()>;
 
+    /// Sets a tensor to zeros, without a copy from the host.
+    fn clear(&mut self, tensor: Tensor) -> Result<()>;
+
     /// A float tensor's contents. Waits for what was submitted.
     fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>>;
 

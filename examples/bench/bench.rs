@@ -22,6 +22,8 @@ pub struct Sizes {
     pub attention: Vec<usize>,
     pub layer: Vec<usize>,
     pub stages: Vec<usize>,
+    /// Rows and columns of the matrix products.
+    pub gemm: usize,
     /// From and to, for the growth of the layer's time.
     pub growth: Option<[usize; 2]>,
     /// Tokens of the attention that warms the device up.
@@ -39,6 +41,7 @@ impl Sizes {
                 attention: vec![4096, 18_432, 32_768],
                 layer: vec![32_768, 98_304, 131_072, 262_144, 524_288],
                 stages: vec![98_304, 524_288],
+                gemm: 8192,
                 growth: Some([131_072, 1_048_576]),
                 warm_tokens: 4096,
                 warmup: 2.5,
@@ -50,6 +53,7 @@ impl Sizes {
                 attention: vec![2048, 4096],
                 layer: vec![8192, 16_384, 32_768],
                 stages: vec![32_768],
+                gemm: 2048,
                 growth: None,
                 warm_tokens: 1024,
                 warmup: 2.5,
@@ -61,6 +65,7 @@ impl Sizes {
                 attention: vec![512, 1024],
                 layer: vec![1024, 2048, 4096],
                 stages: vec![1024, 4096],
+                gemm: 512,
                 growth: None,
                 warm_tokens: 256,
                 warmup: 0.5,

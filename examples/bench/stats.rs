@@ -94,7 +94,12 @@ mod tests {
     fn runs_are_between_the_fewest_and_the_most() {
         let budget = |millis| Budget { warm: Duration::ZERO, timed: Duration::from_millis(millis), cap: Duration::MAX };
         assert_eq!(budget(60_000).collect(|| Ok(())).unwrap().len(), 30);
-        let sleep = |millis| move || -> Result<()> { Ok(std::thread::sleep(Duration::from_millis(millis))) };
+        let sleep = |millis| {
+            move || -> Result<()> {
+                std::thread::sleep(Duration::from_millis(millis));
+                Ok(())
+            }
+        };
         assert_eq!(budget(12).collect(sleep(4)).unwrap().len(), 5);
         assert_eq!(budget(2).collect(sleep(10)).unwrap().len(), 3);
     }

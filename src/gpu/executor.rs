@@ -400,6 +400,15 @@ impl Executor for GpuExecutor {
         }
     }
 
+    fn clear(&mut self, tensor: Tensor) -> Result<()> {
+        let buffer = self.buffer(tensor)?;
+        self.require(tensor, buffer, wgpu::BufferUsages::COPY_DST, "to be cleared")?;
+        let mut encoder = self.gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        encoder.clear_buffer(buffer, self.offset(tensor)?, Some(tensor.bytes()));
+        self.gpu.queue().submit([encoder.finish()]);
+        self.gpu.check()
+    }
+
     fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>> {
         let bytes = self.bytes(tensor)?;
         match tensor.element {

@@ -328,9 +328,10 @@ impl Model {
             decay.get_mut(blocks).unwrap_or_default().fill(1);
         }
         executor.write_u32(tensors.decay, &decay)?;
-        let zeros = vec![0.0; self.table.len()];
-        executor.write(tensors.m, &zeros)?;
-        executor.write(tensors.v, &zeros)?;
+        // The gradient too: nothing writes the gaps between its parameters, and its norm counts them.
+        for tensor in [tensors.m, tensors.v, tensors.gradient] {
+            executor.clear(tensor)?;
+        }
         let initial = self.table.initial(seed);
         executor.write(tensors.master, &initial)?;
         tensors.weights.map_or(Ok(()), |weights| executor.write(weights, &initial))

@@ -1,5 +1,7 @@
 //! The table of parameters: one flat tensor each for master weights, gradients and moments, and a view per parameter.
 
+use rayon::prelude::*;
+
 use crate::error::Result;
 use crate::recording::Recording;
 use crate::tensor::{Element, Tensor};
@@ -92,9 +94,7 @@ impl ParameterTable {
                 Init::Ones => to.fill(1.0),
                 Init::Normal(deviation) => {
                     let stream = splitmix64(splitmix64(seed) ^ number as u64);
-                    for (i, x) in to.iter_mut().enumerate() {
-                        *x = (normal(stream, i as u64) * deviation) as f32;
-                    }
+                    to.par_iter_mut().enumerate().for_each(|(i, x)| *x = (normal(stream, i as u64) * deviation) as f32);
                 }
             }
         }
