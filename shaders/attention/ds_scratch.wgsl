@@ -1,6 +1,6 @@
-// d_scores between flash_backward_dkdv_coop, which makes them, and flash_backward_dq_from_ds_coop: for each query head of
-// a dispatch, each block of keys, each tile of MATRIX queries from the block's diagonal on, each subgroup and each lane
-// of the maker two vectors of four. That order costs neither of them anything, and 16 bytes go at a time.
+// d_scores between flash_backward_dkdv_coop, which makes them, and flash_backward_dq_from_ds_coop: for each query head
+// of a dispatch, each block of keys, each tile of MATRIX queries from the block's diagonal on, each subgroup and each
+// lane of the maker two vectors of four. That order costs neither of them anything, and 16 bytes go at a time.
 
 // Where a block of a head begins. All blocks of a head take half of its square.
 fn ds_block(head: u32, block: u32, blocks: u32) -> u32 {

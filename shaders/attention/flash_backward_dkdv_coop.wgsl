@@ -1,8 +1,8 @@
 // Attention's backward for k and v (spec section 8) on cooperative matrices: the formulas of flash_backward_dkdv.
 //
-// One workgroup per (batch, kv head, block of BLOCK_N keys) of eight subgroups in two groups: group 0 keeps k and group 1
-// keeps v in registers, each subgroup 2 * MATRIX rows of it. For each query head of the kv head's group they stream
-// over tiles of MATRIX queries from the diagonal on, and multiply twice, in one code with two base addresses:
+// One workgroup per (batch, kv head, block of BLOCK_N keys) of eight subgroups in two groups: group 0 keeps k and
+// group 1 keeps v in registers, each subgroup 2 * MATRIX rows of it. For each query head of the kv head's group they
+// stream over tiles of MATRIX queries from the diagonal on, and multiply twice, in one code with two base addresses:
 //
 //     product 1    group 0: scores = q k^T             group 1: d_weights = d_o v^T
 //     product 2    group 0: dv += weights^T d_o        group 1: dk += d_scores^T q
@@ -60,6 +60,7 @@ const MATRIX_VECTORS: u32 = MATRIX / 4u;
 const FIRST_STRIDE: u32 = FIRST_MATRICES * MATRIX_VECTORS + 2u;
 const SECOND_STRIDE: u32 = SECOND_MATRICES * MATRIX_VECTORS + 2u;
 const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
+const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
 
 // A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
 const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
@@ -77,14 +78,14 @@ const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
 
 // A subgroup's own part of scores or weights, for reading and writing a matrix.
-const EXCHANGE: u32 = 2u * MATRIX * SCORE_STRIDE / 8u;
+const EXCHANGE: u32 = 2u * SCORE_ROWS / 8u;
 const EXCHANGE_STRIDE: u32 = MATRIX_VECTORS + 2u;
 
 var<workgroup> staged: array<elem4, STAGED>;
 // Of group 0 the scores and weights, of group 1 the gradients of both. The pad of the first row tells whether d_o held
 // infinity or NaN: there are no more bytes.
-var<workgroup> scores: array<vec4<f32>, 2u * MATRIX * SCORE_STRIDE>;
-var<workgroup> weights: array<elem4, 2u * MATRIX * SCORE_STRIDE>;
+var<workgroup> scores: array<vec4<f32>, 2u * SCORE_ROWS>;
+var<workgroup> weights: array<elem4, 2u * SCORE_ROWS>;
 const NON_FINITE: u32 = SCORE_STRIDE - 1u;
 
 #import attention/ds_scratch
@@ -109,6 +110,8 @@ fn main(
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
     let last_token = params.tokens - 1u;
     let tiles = (params.tokens - first_key + MATRIX - 1u) / MATRIX;
+    let row_loads = params.token_stride * LOADS;
+    let exponent_scale = params.scale * LOG2_E;
     let group_size = params.heads / params.kv_heads;
 
     let subgroup = invocation / SUBGROUP;
@@ -119,9 +122,11 @@ fn main(
     let exchange_row = exchange_at + lane_row * EXCHANGE_STRIDE + lane;
     // This subgroup's columns in the products, and this lane's in between.
     let kept_row = subgroup % 4u * 2u * MATRIX;
-    let product_at = group * MATRIX * SCORE_STRIDE + kept_row / 4u;
-    let chunk_at = lane_row * SCORE_STRIDE + subgroup * MATRIX_VECTORS + lane;
-    let key = first_key + (subgroup * MATRIX_VECTORS + lane) * 4u;
+    let product_at = group * SCORE_ROWS + kept_row / 4u;
+    // Lanes that a row of a matrix has no vectors for do the last one's work again.
+    let chunk = subgroup * MATRIX_VECTORS + min(lane, MATRIX_LANES - 1u);
+    let chunk_at = lane_row * SCORE_STRIDE + chunk;
+    let key = first_key + chunk * 4u;
     // Product 1 takes group 0 to q and group 1 to d_o, product 2 the other way.
     let first_1 = group * FIRST;
     let second_1 = group * SECOND;
@@ -139,7 +144,8 @@ fn main(
     #for r in 0..2
     var kept$r: array<MatrixB, DEPTH_MATRICES>;
     var sums$r: array<MatrixC, DEPTH_MATRICES>;
-    let kept_at$r = (kv_base + min(first_key + kept_row + $ru * MATRIX + lane_row, last_token) * params.kv_token_stride) * VECTORS + lane;
+    let kept_token$r = min(first_key + kept_row + $ru * MATRIX + lane_row, last_token);
+    let kept_at$r = (kv_base + kept_token$r * params.kv_token_stride) * VECTORS + lane;
     #for d in 0..DEPTH_MATRICES
     if (lane < MATRIX_LANES) {
         for (var i = 0u; i < MATRIX_CHUNKS; i++) {
@@ -171,22 +177,21 @@ fn main(
         let ds_at = ds_block(head - params.first_head * group_size, block, blocks) + invocation;
         #end
         workgroupBarrier();
-        for (var i = invocation; i < 2u * MATRIX * SCORE_STRIDE; i += WORKGROUP) {
+        for (var i = invocation; i < 2u * SCORE_ROWS; i += WORKGROUP) {
             weights[i] = elem4();
         }
         var second_now = SECOND_START;
         var second_next = SECOND_START + 2u * SECOND;
         var second_before = SECOND_START + 4u * SECOND;
+        // Loads advance by a tile and stay at the last token.
+        let last_load = base * LOADS + last_token * row_loads + stage_load;
         #for s in 0..STAGES
-        var next_q$s = q[(base + min(first_key + stage_row + $su * STAGE_ROWS, last_token) * params.token_stride) * LOADS + stage_load];
-        var next_d_o$s = d_o[(base + min(first_key + stage_row + $su * STAGE_ROWS, last_token) * params.token_stride) * LOADS + stage_load];
-        {
-            let finite = finite_load(next_d_o$s);
-            if (any(finite != next_d_o$s)) {
-                scores[NON_FINITE] = vec4<f32>(1.0);
-            }
-            next_q$s = finite_load(next_q$s);
-            next_d_o$s = finite;
+        var next_at$s =
+            min(base * LOADS + (first_key + stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
+        var next_q$s = finite_load(q[next_at$s]);
+        var next_d_o$s = finite_load(d_o[next_at$s]);
+        if (any(next_d_o$s != d_o[next_at$s])) {
+            scores[NON_FINITE] = vec4<f32>(1.0);
         }
         if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
             let at = select(second_now, 0u, in_first) + $su * STAGE_ROWS * stage_stride;
@@ -195,11 +200,14 @@ fn main(
             staged[at + stage_d_o + $hu] = vector_of_load(next_d_o$s, $hu);
             #end
         }
-        next_q$s = q[(base + min(first_key + MATRIX + stage_row + $su * STAGE_ROWS, last_token) * params.token_stride) * LOADS + stage_load];
-        next_d_o$s = d_o[(base + min(first_key + MATRIX + stage_row + $su * STAGE_ROWS, last_token) * params.token_stride) * LOADS + stage_load];
+        next_at$s = min(next_at$s + MATRIX * row_loads, last_load);
+        next_q$s = q[next_at$s];
+        next_d_o$s = d_o[next_at$s];
         #end
-        var row_lse = lse[lse_base + min(first_key + lane_row, last_token)] * LOG2_E;
-        var row_delta = delta[lse_base + min(first_key + lane_row, last_token)];
+        let last_row = lse_base + last_token;
+        var row_at = min(lse_base + first_key + lane_row, last_row);
+        var row_lse = lse[row_at] * LOG2_E;
+        var row_delta = delta[row_at];
         workgroupBarrier();
 
         // Padded to whole bodies: queries past the last token are masked.
@@ -224,7 +232,10 @@ fn main(
                 #end
                 #end
                 #for d in 0..SECOND_MATRICES
-                let more_rows$d = coopLoadT<MatrixA>(&staged[second_now + second_1 + $du * MATRIX_VECTORS], SECOND_STRIDE);
+                let more_rows$d = coopLoadT<MatrixA>(
+                    &staged[second_now + second_1 + $du * MATRIX_VECTORS],
+                    SECOND_STRIDE,
+                );
                 #for r in 0..2
                 scores$r = coopMultiplyAdd(more_rows$d, kept$r[FIRST_MATRICES + $du], scores$r);
                 #end
@@ -233,7 +244,10 @@ fn main(
                 coopStoreT(scores$r, &scores[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
                 #end
                 #for d in 0..FIRST_MATRICES
-                let columns$d = coopLoadT<MatrixB>(&staged[first_before + first_2 + $du * MATRIX_VECTORS], FIRST_STRIDE);
+                let columns$d = coopLoadT<MatrixB>(
+                    &staged[first_before + first_2 + $du * MATRIX_VECTORS],
+                    FIRST_STRIDE,
+                );
                 #for r in 0..2
                 sums$r[$d] = coopMultiplyAdd(weights$r, columns$d, sums$r[$d]);
                 #end
@@ -242,49 +256,49 @@ fn main(
 
                 // Phase 2.
                 #for d in 0..SECOND_MATRICES
-                let more_columns$d = coopLoadT<MatrixB>(&staged[second_before + second_2 + $du * MATRIX_VECTORS], SECOND_STRIDE);
+                let more_columns$d = coopLoadT<MatrixB>(
+                    &staged[second_before + second_2 + $du * MATRIX_VECTORS],
+                    SECOND_STRIDE,
+                );
                 #for r in 0..2
                 sums$r[FIRST_MATRICES + $du] = coopMultiplyAdd(weights$r, more_columns$d, sums$r[FIRST_MATRICES + $du]);
                 #end
                 #end
-                if (MATRIX_LANES == LANES || lane < MATRIX_LANES) {
+                let masked = first_query < first_key + BLOCK_N || first_query + MATRIX > params.tokens;
+                #for i in 0..MATRIX_CHUNKS
+                let score$i = scores[chunk_at + $iu * MATRIX_LANES];
+                let d_weight$i = scores[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS];
+                #end
+                #for i in 0..MATRIX_CHUNKS
+                var weight$i = exp2(fma(score$i, vec4<f32>(exponent_scale), vec4<f32>(-row_lse)));
+                var d_score$i = weight$i * (d_weight$i - vec4<f32>(row_delta));
+                #end
+                if (masked) {
                     let query = first_query + lane_row;
-                    let masked = first_query < first_key + BLOCK_N || first_query + MATRIX > params.tokens;
                     #for i in 0..MATRIX_CHUNKS
-                    let score$i = scores[chunk_at + $iu * MATRIX_LANES];
-                    let d_weight$i = scores[chunk_at + $iu * MATRIX_LANES + MATRIX * SCORE_STRIDE];
+                    let keys$i = vec4<u32>(key + $iu * MATRIX_LANES * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+                    let seen$i = (keys$i <= vec4<u32>(query)) & vec4<bool>(query < params.tokens);
+                    weight$i = select(vec4<f32>(0.0), weight$i, seen$i);
+                    d_score$i = select(vec4<f32>(0.0), d_score$i, seen$i);
                     #end
-                    #for i in 0..MATRIX_CHUNKS
-                    var weight$i = exp2(fma(score$i, vec4<f32>(params.scale * LOG2_E), vec4<f32>(-row_lse)));
-                    var d_score$i = weight$i * (d_weight$i - vec4<f32>(row_delta));
-                    #end
-                    if (masked) {
-                        #for i in 0..MATRIX_CHUNKS
-                        let seen$i = (vec4<u32>(key + $iu * MATRIX_LANES * 4u) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(query)) & vec4<bool>(query < params.tokens);
-                        weight$i = select(vec4<f32>(0.0), weight$i, seen$i);
-                        d_score$i = select(vec4<f32>(0.0), d_score$i, seen$i);
-                        #end
-                    }
-                    #for i in 0..MATRIX_CHUNKS
-                    weights[chunk_at + $iu * MATRIX_LANES] = pack_elem(weight$i);
-                    weights[chunk_at + $iu * MATRIX_LANES + MATRIX * SCORE_STRIDE] = pack_elem(d_score$i);
-                    #end
-                    #for once in 0..DS_SCRATCH
-                    ds[ds_at + tile * WORKGROUP] = ds_pack(d_score0, d_score1);
-                    #end
-                }
-                if (first_query + MATRIX < first_key + BLOCK_N) {
-                    #for s in 0..STAGES
-                    {
-                        let finite = finite_load(next_d_o$s);
-                        if (any(finite != next_d_o$s)) {
+                    if (first_query + MATRIX < first_key + BLOCK_N) {
+                        #for s in 0..STAGES
+                        next_q$s = finite_load(next_q$s);
+                        let d_o$s = finite_load(next_d_o$s);
+                        if (any(d_o$s != next_d_o$s)) {
                             scores[NON_FINITE] = vec4<f32>(1.0);
                         }
-                        next_q$s = finite_load(next_q$s);
-                        next_d_o$s = finite;
+                        next_d_o$s = d_o$s;
+                        #end
                     }
-                    #end
                 }
+                #for i in 0..MATRIX_CHUNKS
+                weights[chunk_at + $iu * MATRIX_LANES] = pack_elem(weight$i);
+                weights[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS] = pack_elem(d_score$i);
+                #end
+                #for once in 0..DS_SCRATCH
+                ds[ds_at + tile * WORKGROUP] = ds_pack(d_score0, d_score1);
+                #end
                 #for s in 0..STAGES
                 if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
                     let at = select(second_next, first_before, in_first) + $su * STAGE_ROWS * stage_stride;
@@ -295,14 +309,13 @@ fn main(
                 }
                 #end
                 #for s in 0..STAGES
-                {
-                    let at = (base + min(first_query + 2u * MATRIX + stage_row + $su * STAGE_ROWS, last_token) * params.token_stride) * LOADS + stage_load;
-                    next_q$s = q[at];
-                    next_d_o$s = d_o[at];
-                }
+                next_at$s = min(next_at$s + MATRIX * row_loads, last_load);
+                next_q$s = q[next_at$s];
+                next_d_o$s = d_o[next_at$s];
                 #end
-                row_lse = lse[lse_base + min(first_query + MATRIX + lane_row, last_token)] * LOG2_E;
-                row_delta = delta[lse_base + min(first_query + MATRIX + lane_row, last_token)];
+                row_at = min(row_at + MATRIX, last_row);
+                row_lse = lse[row_at] * LOG2_E;
+                row_delta = delta[row_at];
                 let second_free = second_before;
                 second_before = second_now;
                 second_now = second_next;
@@ -324,7 +337,10 @@ fn main(
         #end
         #end
         #for d in 0..SECOND_MATRICES
-        let more_columns$d = coopLoadT<MatrixB>(&staged[second_before + second_2 + $du * MATRIX_VECTORS], SECOND_STRIDE);
+        let more_columns$d = coopLoadT<MatrixB>(
+            &staged[second_before + second_2 + $du * MATRIX_VECTORS],
+            SECOND_STRIDE,
+        );
         #for r in 0..2
         sums$r[FIRST_MATRICES + $du] = coopMultiplyAdd(weights$r, more_columns$d, sums$r[FIRST_MATRICES + $du]);
         #end
@@ -338,22 +354,39 @@ fn main(
     subgroupBarrier();
     coopStoreT(sums$r[$d], &scores[exchange_at], EXCHANGE_STRIDE);
     subgroupBarrier();
-    write_gradient(group, batch, kv_head, first_key, first_key + kept_row + $ru * MATRIX + lane_row, $du * MATRIX_VECTORS + lane, exchange_row, non_finite);
+    write_gradient(
+        group,
+        vec2<u32>(batch, kv_head),
+        first_key,
+        first_key + kept_row + $ru * MATRIX + lane_row,
+        $du * MATRIX_VECTORS + lane,
+        exchange_row,
+        non_finite,
+    );
     #end
     #end
 }
 
 // Writes a lane's vectors of a matrix of dv (group 0) or dk (group 1), from the scores' memory.
-fn write_gradient(group: u32, batch: u32, kv_head: u32, first_key: u32, token: u32, column: u32, from_at: u32, non_finite: bool) {
+fn write_gradient(
+    group: u32,
+    batch_head: vec2<u32>,
+    first_key: u32,
+    token: u32,
+    column: u32,
+    from_at: u32,
+    non_finite: bool,
+) {
     if (token >= params.tokens || column % MATRIX_VECTORS >= MATRIX_LANES) {
         return;
     }
-    let row = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride + token * params.kv_token_stride;
+    let base = batch_head.x * params.tokens * params.kv_heads + batch_head.y * params.kv_head_stride;
+    let row = base + token * params.kv_token_stride;
     for (var i = 0u; i < MATRIX_VECTORS; i += MATRIX_LANES) {
         var sum = scores[from_at + i];
         if (group == 0u) {
             if (non_finite) {
-                sum += non_finite_d_o(batch, kv_head, token, min(first_key + BLOCK_N, params.tokens), column + i);
+                sum += non_finite_d_o(batch_head, token, min(first_key + BLOCK_N, params.tokens), column + i);
             }
             dv[row * VECTORS + column + i] = pack_elem(sum);
         } else {
@@ -363,11 +396,11 @@ fn write_gradient(group: u32, batch: u32, kv_head: u32, first_key: u32, token: u
 }
 
 // The sum of all that is infinite or NaN in a column of d_o, over queries `first` to before `end` of a kv head's group.
-fn non_finite_d_o(batch: u32, kv_head: u32, first: u32, end: u32, column: u32) -> vec4<f32> {
+fn non_finite_d_o(batch_head: vec2<u32>, first: u32, end: u32, column: u32) -> vec4<f32> {
     var sum = vec4<f32>(0.0);
     let group_size = params.heads / params.kv_heads;
-    for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
-        let base = batch * params.tokens * params.heads + head * params.head_stride;
+    for (var head = batch_head.y * group_size; head < (batch_head.y + 1u) * group_size; head++) {
+        let base = batch_head.x * params.tokens * params.heads + head * params.head_stride;
         for (var query = first; query < end; query++) {
             let load = d_o[(base + query * params.token_stride) * LOADS + column / LOAD_VECTORS];
             sum += unpack_elem(vector_of_load(load ^ finite_load(load), column % LOAD_VECTORS));

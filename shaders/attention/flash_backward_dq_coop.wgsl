@@ -1,9 +1,9 @@
 // Attention's backward for q (spec section 8) on cooperative matrices, without memory for d_scores: the formulas of
 // flash_backward_dq.
 //
-// One workgroup per (batch, head, block of BLOCK_M queries) of eight subgroups in two groups: group 0 keeps q and group 1
-// keeps d_o in registers, each subgroup 2 * MATRIX rows of it. They stream over tiles of MATRIX keys up to the diagonal
-// and multiply twice, in one code with two base addresses:
+// One workgroup per (batch, head, block of BLOCK_M queries) of eight subgroups in two groups: group 0 keeps q and
+// group 1 keeps d_o in registers, each subgroup 2 * MATRIX rows of it. They stream over tiles of MATRIX keys up to the
+// diagonal and multiply twice, in one code with two base addresses:
 //
 //     product 1    group 0: scores^T = k q^T           group 1: d_weights^T = v d_o^T
 //     product 2    dq += d_scores k, each group half of the columns
@@ -13,8 +13,8 @@
 //     phase 1    product 1 of tile j
 //     phase 2    product 2 of tile j - 1;  d_scores of tile j;  tile j + 1 staged
 //
-// What the mask excludes must not reach dq even as 0 * NaN: tiles that the mask crosses are staged with zero in place of
-// infinity and NaN, and where there were any, their scores are computed from storage and the last step adds what dq lacks.
+// What the mask excludes must not reach dq even as 0 * NaN: keys of tiles that the mask crosses get zero in place of
+// infinity and NaN between the products, and where there were any, the last step adds what dq lacks of them.
 
 #import shared/grid
 
@@ -52,6 +52,7 @@ const VECTORS: u32 = HEAD_DIM / 4u;
 const MATRIX_VECTORS: u32 = MATRIX / 4u;
 const ROW_STRIDE: u32 = 2u * COLUMN_MATRICES * MATRIX_VECTORS + 2u;
 const SCORE_STRIDE: u32 = BLOCK_M / 4u + 2u;
+const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
 
 // A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
 const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
@@ -66,14 +67,14 @@ const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
 
 // A subgroup's own part of scores or of the kept rows' memory, for reading and writing a matrix.
-const EXCHANGE: u32 = 2u * MATRIX * SCORE_STRIDE / 8u;
+const EXCHANGE: u32 = 2u * SCORE_ROWS / 8u;
 const EXCHANGE_STRIDE: u32 = MATRIX_VECTORS + 2u;
 
 var<workgroup> staged: array<elem4, 4u * ROWS>;
 // Of group 0 the scores, of group 1 the gradients of the weights.
-var<workgroup> scores: array<vec4<f32>, 2u * MATRIX * SCORE_STRIDE>;
+var<workgroup> scores: array<vec4<f32>, 2u * SCORE_ROWS>;
 // d_scores take half of it; all of it serves the exchange.
-var<workgroup> d_scores: array<elem4, 2u * MATRIX * SCORE_STRIDE>;
+var<workgroup> d_scores: array<elem4, 2u * SCORE_ROWS>;
 // Whether keys held infinity or NaN.
 var<workgroup> non_finite: vec4<u32>;
 
@@ -107,11 +108,13 @@ fn main(
     let exchange_row = exchange_at + lane_row * EXCHANGE_STRIDE + lane;
     // This subgroup's queries in the products, and this lane's in between.
     let kept_row = subgroup % 4u * 2u * MATRIX;
-    let product_at = group * MATRIX * SCORE_STRIDE + kept_row / 4u;
+    let product_at = group * SCORE_ROWS + kept_row / 4u;
     let d_scores_at = kept_row / 4u;
     let columns_at = group * COLUMN_MATRICES * MATRIX_VECTORS;
-    let chunk_at = lane_row * SCORE_STRIDE + subgroup * MATRIX_VECTORS + lane;
-    let query = first_query + (subgroup * MATRIX_VECTORS + lane) * 4u;
+    // Lanes that a row of a matrix has no vectors for do the last one's work again.
+    let chunk = subgroup * MATRIX_VECTORS + min(lane, MATRIX_LANES - 1u);
+    let chunk_at = lane_row * SCORE_STRIDE + chunk;
+    let query = first_query + chunk * 4u;
 
     let stage_row = select(MATRIX, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
     let stage_load = invocation % LOADS;
@@ -122,7 +125,8 @@ fn main(
     #for r in 0..2
     var kept$r: array<MatrixB, DEPTH_MATRICES>;
     var sums$r: array<MatrixC, COLUMN_MATRICES>;
-    let kept_at$r = (base + min(first_query + kept_row + $ru * MATRIX + lane_row, last_token) * params.token_stride) * VECTORS + lane;
+    let kept_token$r = min(first_query + kept_row + $ru * MATRIX + lane_row, last_token);
+    let kept_at$r = (base + kept_token$r * params.token_stride) * VECTORS + lane;
     #for d in 0..DEPTH_MATRICES
     if (lane < MATRIX_LANES) {
         for (var i = 0u; i < MATRIX_CHUNKS; i++) {
@@ -154,7 +158,7 @@ fn main(
     for (var i = invocation; i < 4u * ROWS; i += WORKGROUP) {
         staged[i] = elem4();
     }
-    for (var i = invocation; i < 2u * MATRIX * SCORE_STRIDE; i += WORKGROUP) {
+    for (var i = invocation; i < 2u * SCORE_ROWS; i += WORKGROUP) {
         d_scores[i] = elem4();
     }
     if (invocation == 0u) {
@@ -164,103 +168,105 @@ fn main(
     var keys_now = 0u;
     var keys_next = ROWS;
     var keys_before = 2u * ROWS;
+    // Loads advance by a tile and stay at the last token.
+    let row_loads = params.kv_token_stride * LOADS;
+    let exponent_scale = params.scale * LOG2_E;
+    let last_load = kv_base * LOADS + last_token * row_loads + stage_load;
     #for s in 0..STAGES
-    var next_key$s = k[(kv_base + min(stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
-    var next_value$s = v[(kv_base + min(stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
-    if (first_query == 0u) {
-        let finite = finite_load(next_key$s);
-        if (any(finite != next_key$s)) {
-            non_finite[0] = 1u;
-        }
-        next_key$s = finite;
-    }
+    var next_at$s = min(kv_base * LOADS + (stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
+    var next_key$s = k[next_at$s];
+    var next_value$s = v[next_at$s];
     if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
         #for h in 0..LOAD_VECTORS
         staged[keys_now + stage_at + $su * STAGE_ROWS * ROW_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
         staged[VALUES + stage_at + $su * STAGE_ROWS * ROW_STRIDE + $hu] = vector_of_load(next_value$s, $hu);
         #end
     }
-    next_key$s = k[(kv_base + min(MATRIX + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
-    next_value$s = v[(kv_base + min(MATRIX + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    next_at$s = min(next_at$s + MATRIX * row_loads, last_load);
+    next_key$s = k[next_at$s];
+    next_value$s = v[next_at$s];
     #end
     workgroupBarrier();
 
-    for (var tile = 0u; tile < tiles; tile++) {
-        let first_key = tile * MATRIX;
+    // Padded to whole bodies: keys past the diagonal are masked.
+    for (var first_tile = 0u; first_tile < tiles; first_tile += UNROLL) {
+        #for u in 0..UNROLL
+        {
+            let tile = first_tile + $uu;
+            let first_key = tile * MATRIX;
 
-        // Phase 1.
-        #for r in 0..2
-        let d_scores$r = coopLoad<MatrixA>(&d_scores[d_scores_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-        var scores$r = MatrixC();
-        #end
-        let rows_at = select(VALUES, keys_now, group == 0u);
-        #for d in 0..DEPTH_MATRICES
-        let rows$d = coopLoadT<MatrixA>(&staged[rows_at + $du * MATRIX_VECTORS], ROW_STRIDE);
-        #for r in 0..2
-        scores$r = coopMultiplyAdd(rows$d, kept$r[$d], scores$r);
-        #end
-        #end
-        #for r in 0..2
-        coopStoreT(scores$r, &scores[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-        #end
-        workgroupBarrier();
+            // Phase 1.
+            #for r in 0..2
+            let d_scores$r = coopLoad<MatrixA>(&d_scores[d_scores_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+            var scores$r = MatrixC();
+            #end
+            let rows_at = select(VALUES, keys_now, group == 0u);
+            #for d in 0..DEPTH_MATRICES
+            let rows$d = coopLoadT<MatrixA>(&staged[rows_at + $du * MATRIX_VECTORS], ROW_STRIDE);
+            #for r in 0..2
+            scores$r = coopMultiplyAdd(rows$d, kept$r[$d], scores$r);
+            #end
+            #end
+            #for r in 0..2
+            coopStoreT(scores$r, &scores[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+            #end
+            workgroupBarrier();
 
-        // Phase 2.
-        #for c in 0..COLUMN_MATRICES
-        let columns$c = coopLoadT<MatrixB>(&staged[keys_before + columns_at + $cu * MATRIX_VECTORS], ROW_STRIDE);
-        #for r in 0..2
-        sums$r[$c] = coopMultiplyAdd(d_scores$r, columns$c, sums$r[$c]);
-        #end
-        #end
-        if (MATRIX_LANES == LANES || lane < MATRIX_LANES) {
+            // Phase 2.
+            #for c in 0..COLUMN_MATRICES
+            let columns$c = coopLoadT<MatrixB>(&staged[keys_before + columns_at + $cu * MATRIX_VECTORS], ROW_STRIDE);
+            #for r in 0..2
+            sums$r[$c] = coopMultiplyAdd(d_scores$r, columns$c, sums$r[$c]);
+            #end
+            #end
             let key = first_key + lane_row;
-            let crossed = first_key + MATRIX > first_query;
             #for i in 0..MATRIX_CHUNKS
-            var score$i = scores[chunk_at + $iu * MATRIX_LANES];
-            let d_weight$i = scores[chunk_at + $iu * MATRIX_LANES + MATRIX * SCORE_STRIDE];
-            if (crossed && non_finite[0] != 0u) {
-                score$i = scores_from_storage(base, query + $iu * MATRIX_LANES * 4u, kv_base, key);
+            let score$i = scores[chunk_at + $iu * MATRIX_LANES];
+            let d_weight$i = scores[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS];
+            var d_score$i = exp2(fma(score$i, vec4<f32>(exponent_scale), -row_lse$i)) * (d_weight$i - row_delta$i);
+            #end
+            if (first_key + MATRIX > first_query) {
+                #for i in 0..MATRIX_CHUNKS
+                let seen$i = vec4<u32>(key) <= vec4<u32>(query + $iu * MATRIX_LANES * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+                d_score$i = select(vec4<f32>(0.0), d_score$i, seen$i);
+                #end
+                // Product 1 had infinity and NaN, product 2 has zero in their place.
+                #for s in 0..STAGES
+                if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
+                    let at = keys_now + stage_at + $su * STAGE_ROWS * ROW_STRIDE;
+                    #for h in 0..LOAD_VECTORS
+                    let vector$s_$h = staged[at + $hu];
+                    staged[at + $hu] = finite_vector(vector$s_$h);
+                    if (any(is_non_finite(vector$s_$h))) {
+                        non_finite[0] = 1u;
+                    }
+                    #end
+                }
+                #end
             }
-            let weight$i = exp2(fma(score$i, vec4<f32>(params.scale * LOG2_E), -row_lse$i));
-            var d_score$i = weight$i * (d_weight$i - row_delta$i);
-            if (crossed) {
-                let seen = vec4<u32>(key) <= vec4<u32>(query + $iu * MATRIX_LANES * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-                d_score$i = select(vec4<f32>(0.0), d_score$i, seen);
-            }
+            #for i in 0..MATRIX_CHUNKS
             d_scores[chunk_at + $iu * MATRIX_LANES] = pack_elem(d_score$i);
             #end
-        }
-        if (first_key + 2u * MATRIX > first_query) {
             #for s in 0..STAGES
-            {
-                let finite = finite_load(next_key$s);
-                if (any(finite != next_key$s)) {
-                    non_finite[0] = 1u;
-                }
-                next_key$s = finite;
+            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
+                #for h in 0..LOAD_VECTORS
+                staged[keys_next + stage_at + $su * STAGE_ROWS * ROW_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+                staged[VALUES + stage_at + $su * STAGE_ROWS * ROW_STRIDE + $hu] = vector_of_load(next_value$s, $hu);
+                #end
             }
             #end
-        }
-        #for s in 0..STAGES
-        if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
-            #for h in 0..LOAD_VECTORS
-            staged[keys_next + stage_at + $su * STAGE_ROWS * ROW_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
-            staged[VALUES + stage_at + $su * STAGE_ROWS * ROW_STRIDE + $hu] = vector_of_load(next_value$s, $hu);
+            #for s in 0..STAGES
+            next_at$s = min(next_at$s + MATRIX * row_loads, last_load);
+            next_key$s = k[next_at$s];
+            next_value$s = v[next_at$s];
             #end
+            let keys_free = keys_before;
+            keys_before = keys_now;
+            keys_now = keys_next;
+            keys_next = keys_free;
+            workgroupBarrier();
         }
         #end
-        #for s in 0..STAGES
-        {
-            let at = (kv_base + min(first_key + 2u * MATRIX + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load;
-            next_key$s = k[at];
-            next_value$s = v[at];
-        }
-        #end
-        let keys_free = keys_before;
-        keys_before = keys_now;
-        keys_now = keys_next;
-        keys_next = keys_free;
-        workgroupBarrier();
     }
 
     // Product 2 of the last tile.
@@ -297,20 +303,6 @@ fn main(
     }
     #end
     #end
-}
-
-// The products of four queries with a key, infinity and NaN as they are.
-fn scores_from_storage(base: u32, query: u32, kv_base: u32, key: u32) -> vec4<f32> {
-    var sums = vec4<f32>(0.0);
-    let key_row = (kv_base + min(key, params.tokens - 1u) * params.kv_token_stride) * LOADS;
-    for (var column = 0u; column < VECTORS; column++) {
-        let key_vector = unpack_elem(vector_of_load(k[key_row + column / LOAD_VECTORS], column % LOAD_VECTORS));
-        for (var i = 0u; i < 4u; i++) {
-            let query_row = base + min(query + i, params.tokens - 1u) * params.token_stride;
-            sums[i] += dot(unpack_elem(q[query_row * VECTORS + column]), key_vector);
-        }
-    }
-    return sums;
 }
 
 // The sum of all that is infinite or NaN in a column of keys `first` to `last`.

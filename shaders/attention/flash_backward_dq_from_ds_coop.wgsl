@@ -2,9 +2,9 @@
 // left in memory.
 //
 // A matrix product: one workgroup of four subgroups per (batch, head, block of BLOCK_M queries), each subgroup half of
-// the rows by half of the columns, QUERY_MATRICES matrices of rows; 2 * MATRIX keys a step, two loads of d_scores and one
-// of keys ahead. Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees such a
-// key its d_scores are NaN already or, if its weight is zero, lack only what the last step adds.
+// the rows by half of the columns, QUERY_MATRICES matrices of rows; 2 * MATRIX keys a step, two loads of d_scores and
+// one of keys ahead. Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees
+// such a key its d_scores are NaN already or, if its weight is zero, lack only what the last step adds.
 
 #import shared/grid
 
@@ -114,8 +114,12 @@ fn main(
     var next_ds$u_$r = ds[ds_at$u + 2u * $ru * DS_TILE];
     #end
     #end
+    // Loads advance by a step and stay at the last token.
+    let row_loads = params.kv_token_stride * LOADS;
+    let last_load = kv_base * LOADS + last_token * row_loads + stage_load;
     #for s in 0..STAGES
-    var next_key$s = k[(kv_base + min(stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    var key_at$s = min(kv_base * LOADS + (stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
+    var next_key$s = k[key_at$s];
     if (first_query == 0u) {
         let finite = finite_load(next_key$s);
         if (any(finite != next_key$s)) {
@@ -128,7 +132,8 @@ fn main(
         keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
         #end
     }
-    next_key$s = k[(kv_base + min(STEP + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    key_at$s = min(key_at$s + STEP * row_loads, last_load);
+    next_key$s = k[key_at$s];
     #end
     workgroupBarrier();
 
@@ -139,10 +144,16 @@ fn main(
             let step = first_step + $uu;
             #for d in 0..2
             #for r in 0..QUERY_MATRICES
-            let ds$r_$d = coopLoadT<MatrixA>(&d_scores[d_scores_at + $ru * MATRIX * DS_STRIDE + $du * MATRIX_VECTORS], DS_STRIDE);
+            let ds$r_$d = coopLoadT<MatrixA>(
+                &d_scores[d_scores_at + $ru * MATRIX * DS_STRIDE + $du * MATRIX_VECTORS],
+                DS_STRIDE,
+            );
             #end
             #for c in 0..COLUMN_MATRICES
-            let keys$d_$c = coopLoadT<MatrixB>(&keys[keys_at + $du * MATRIX * KEY_STRIDE + $cu * MATRIX_VECTORS], KEY_STRIDE);
+            let keys$d_$c = coopLoadT<MatrixB>(
+                &keys[keys_at + $du * MATRIX * KEY_STRIDE + $cu * MATRIX_VECTORS],
+                KEY_STRIDE,
+            );
             #for r in 0..QUERY_MATRICES
             sums$r[$c] = coopMultiplyAdd(ds$r_$d, keys$d_$c, sums$r[$c]);
             #end
@@ -177,7 +188,8 @@ fn main(
             next_ds$u_$r = ds[ds_at + 2u * $ru * DS_TILE];
             #end
             #for s in 0..STAGES
-            next_key$s = k[(kv_base + min((step + 2u) * STEP + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+            key_at$s = min(key_at$s + STEP * row_loads, last_load);
+            next_key$s = k[key_at$s];
             #end
             workgroupBarrier();
         }
@@ -199,7 +211,8 @@ fn main(
                     if (non_finite[0] != 0u) {
                         sum += non_finite_keys(kv_base, first_query, query, column + i);
                     }
-                    let row = batch * params.tokens * params.heads + head * params.head_stride + query * params.token_stride;
+                    let row =
+                        batch * params.tokens * params.heads + head * params.head_stride + query * params.token_stride;
                     dq[row * VECTORS + column + i] = pack_elem(sum * params.scale);
                 }
             }

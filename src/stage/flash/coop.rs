@@ -14,6 +14,8 @@ const SUBGROUPS: usize = 8;
 const fn unroll(size: usize) -> usize {
     if size == 16 { 2 } else { 1 }
 }
+/// Largest head_dim: kept rows and results of more do not fit the registers, nor staged rows 48 KiB of workgroup memory.
+const MAX_HEAD_DIM: usize = 128;
 /// Subgroups of the workgroup of `flash_backward_dq_from_ds_coop`.
 const PRODUCT_SUBGROUPS: usize = 4;
 /// Workgroups of that kernel that keep a large GPU busy: with fewer, they are made smaller.
@@ -54,6 +56,7 @@ impl Matrices {
         };
         let fits = caps.has_matrix(caps.tier, element)
             && head_dim.is_multiple_of(size)
+            && head_dim <= MAX_HEAD_DIM
             && subgroup.is_multiple_of(size)
             && matrices.lanes.is_power_of_two()
             && matrices.lanes <= 2 * matrices.vectors
@@ -179,6 +182,7 @@ pub(super) fn dq(caps: &Caps, head_dim: usize, element: Element) -> Option<Tile>
                 ("COLUMN_MATRICES", columns),
                 ("MATRIX_CHUNKS", matrices.chunks()),
                 ("STAGES", matrices.stages(block_n)),
+                ("UNROLL", unroll(size)),
             ],
             invocations: matrices.invocations,
             workgroup_bytes: matrices.stored(4 * size, 2 * columns * vectors)
