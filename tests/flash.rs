@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use lighthouse_attention::stage::flash::{self, FlashShape, Layout};
 use lighthouse_attention::{Caps, CpuExecutor, Element, Error, Executor, GpuExecutor, Recording, Result};
-use support::{Build, Device, Probe, Values, check, data, devices};
+use support::{Build, Device, Probe, Values, check, compare, data, devices, expect};
 
 const F32: Element = Element::F32;
 const F16: Element = Element::F16;
@@ -99,13 +99,36 @@ fn a_growing_maximum_rescales() {
 #[test]
 fn non_finite_inputs_reach_what_depends_on_them() {
     for (tensor, value) in [(0, f32::NAN), (1, f32::NAN), (2, f32::INFINITY), (3, f32::NEG_INFINITY)] {
-        let shape = shape((1, 150, 2, 1, 24), F32, TokensHeads);
-        let mut values = uniform(&shape);
-        let heads = [2, 1, 1, 2][tensor];
-        for t in [45, 100] {
-            values[tensor][row(&shape, heads, (0, heads - 1, t)) + 5] = value;
+        for element in [F32, F16] {
+            let shape = shape((1, 150, 2, 1, 24), element, TokensHeads);
+            let mut values = uniform(&shape);
+            let heads = [2, 1, 1, 2][tensor];
+            for t in [45, 100] {
+                values[tensor][row(&shape, heads, (0, heads - 1, t)) + 5] = value;
+            }
+            check_both(&shape, &values);
+            check_without_scratch(&shape, &values);
         }
-        check_both(&shape, &values);
+    }
+}
+
+/// The backward where devices with cooperative matrices have no memory for d_scores.
+fn check_without_scratch(shape: &FlashShape, values: &[Vec<f32>; 4]) {
+    let case: Build<'_> = &|recording| build(recording, shape, values, true);
+    let expected = expect(case).expect("the CPU's part");
+    for device in devices().iter().filter(|device| device.tier.matrix().is_some()) {
+        let device = Device { gpu: device.gpu.clone().with_scratch_bytes(0), ..device.clone() };
+        for outcome in compare(&device, &expected, 3.0, case).unwrap_or_else(|e| panic!("{shape:?}: {e}")) {
+            assert!(outcome.passed(), "{shape:?} without scratch on {}, {}: {outcome:?}", device.adapter, device.tier);
+        }
+    }
+}
+
+/// With and without memory for d_scores; a batch, a group, lengths that divide nothing, an odd number of matrices.
+#[test]
+fn a_backward_without_scratch_matches_the_reference() {
+    for shape in [shape((2, 150, 4, 2, 24), F16, TokensHeads), shape((1, 290, 1, 1, 16), F16, HeadsTokens)] {
+        check_without_scratch(&shape, &uniform(&shape));
     }
 }
 
@@ -242,7 +265,8 @@ fn cut_runs_give_the_same_bits() -> Result<()> {
         let values = uniform(&shape);
         let case = |recording: &mut Recording| build(recording, &shape, &values, true);
         for device in devices() {
-            let whole = device.gpu.caps();
+            // Where d_scores are kept, other kernels make dq: the cuts of those follow.
+            let whole = &Caps { scratch_bytes: 0, ..device.gpu.caps().clone() };
             let expected = run(Some((device, whole)), &case)?;
             let entry = (shape.tokens * shape.heads * shape.head_dim) as u64 * element.bytes();
             let sliced = |entries: u64| {
@@ -250,10 +274,13 @@ fn cut_runs_give_the_same_bits() -> Result<()> {
                 caps.limits.max_storage_buffer_binding_size = entries;
                 caps
             };
+            let plan = flash::plan(whole, shape.head_dim, element)?;
+            let blocks = |rows| shape.tokens.div_ceil(rows);
+            let units = 1 + 2 * blocks(plan.forward.block_m) + blocks(plan.dkdv.block_n) + 2 * blocks(plan.dq.block_m);
             for (caps, least) in [
                 (sliced(2 * entry), 4 * 2),
                 (sliced(entry), 4 * 3),
-                (Caps { work_per_dispatch: 1, ..sliced(entry) }, 3 * (1 + 6 + 6 + 6)),
+                (Caps { work_per_dispatch: 1, ..sliced(entry) }, 3 * units),
                 (Caps { work_per_dispatch: 3_000_000, ..whole.clone() }, 4 + 3),
             ] {
                 let mut recording = Recording::new(&caps);
@@ -262,6 +289,11 @@ fn cut_runs_give_the_same_bits() -> Result<()> {
                 for (expected, got) in expected.iter().zip(run(Some((device, &caps)), &case)?) {
                     assert!(same_bits(expected, &got), "{shape:?} on {}, {}", device.adapter, device.tier);
                 }
+            }
+            let expected = run(Some((device, device.gpu.caps())), &case)?;
+            let caps = Caps { work_per_dispatch: 1, ..device.gpu.caps().clone() };
+            for (expected, got) in expected.iter().zip(run(Some((device, &caps)), &case)?) {
+                assert!(same_bits(expected, &got), "{shape:?} on {}, {}, with scratch", device.adapter, device.tier);
             }
             let refused = run(Some((device, &sliced(entry - 1))), &case);
             assert!(

@@ -1,0 +1,410 @@
+// Attention's backward for k and v (spec section 8) on cooperative matrices: the formulas of flash_backward_dkdv.
+//
+// One workgroup per (batch, kv head, block of BLOCK_N keys) of eight subgroups in two groups: group 0 keeps k and
+// group 1 keeps v in registers, each subgroup 2 * MATRIX rows of it. For each query head of the kv head's group they
+// stream over tiles of MATRIX queries from the diagonal on, and multiply twice, in one code with two base addresses:
+//
+//     product 1    group 0: scores = q k^T             group 1: d_weights = d_o v^T
+//     product 2    group 0: dv += weights^T d_o        group 1: dk += d_scores^T q
+//
+// so every staged row serves two products. Tile j passes through two phases with a barrier after each:
+//
+//     phase 1    product 1 of tile j;  product 2 of tile j - 1, the first half of its columns
+//     phase 2    product 2 of tile j - 1, the second half;  weights and d_scores of tile j;  tile j + 1 staged
+//
+// That is why the first half of the columns is staged in turns of two and the second in turns of three. DS_SCRATCH also
+// writes d_scores for flash_backward_dq_from_ds_coop.
+//
+// What the mask excludes must not reach a gradient even as 0 * NaN: tiles that the mask crosses are staged with zero in
+// place of infinity and NaN. The weights of such a query are NaN by its lse, its d_scores by its delta; what dv lacks
+// of d_o then is added in the last step.
+
+#import shared/grid
+
+struct Params {
+    tokens: u32, // S
+    heads: u32,
+    kv_heads: u32,
+    token_stride: u32,
+    head_stride: u32,
+    kv_token_stride: u32,
+    kv_head_stride: u32,
+    scale: f32, // 1 / sqrt(D)
+    first_unit: u32,
+    units: u32,
+    first_batch: u32,
+    first_head: u32, // the units' heads, kv heads here
+    head_count: u32,
+}
+
+@group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
+@group(0) @binding(1) var<storage, read_write> k: array<elem4>;       // the same with KV heads
+@group(0) @binding(2) var<storage, read_write> v: array<elem4>;       // as k
+@group(0) @binding(3) var<storage, read_write> d_o: array<vec4<u32>>; // as q
+@group(0) @binding(4) var<storage, read_write> lse: array<f32>;       // [B, H, S]
+@group(0) @binding(5) var<storage, read_write> delta: array<f32>;     // [B, H, S]
+@group(0) @binding(6) var<storage, read_write> dk: array<elem4>;      // as k
+@group(0) @binding(7) var<storage, read_write> dv: array<elem4>;      // as k
+@group(0) @binding(8) var<uniform> params: Params;
+#for once in 0..DS_SCRATCH
+@group(0) @binding(9) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and block, see ds_block
+#end
+
+const LOG2_E: f32 = 1.4426950408889634;
+const WORKGROUP: u32 = 8u * SUBGROUP;
+const LANES: u32 = SUBGROUP / MATRIX;
+
+// Vectors of four elements. Rows in workgroup memory are two longer than their contents, against bank conflicts.
+const VECTORS: u32 = HEAD_DIM / 4u;
+const MATRIX_VECTORS: u32 = MATRIX / 4u;
+const FIRST_STRIDE: u32 = FIRST_MATRICES * MATRIX_VECTORS + 2u;
+const SECOND_STRIDE: u32 = SECOND_MATRICES * MATRIX_VECTORS + 2u;
+const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
+const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
+
+// A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
+const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
+
+// Staged rows of q, then of d_o: first halves in two turns, then second halves in three.
+const FIRST: u32 = MATRIX * FIRST_STRIDE;
+const SECOND: u32 = MATRIX * SECOND_STRIDE;
+const SECOND_START: u32 = 4u * FIRST;
+const STAGED: u32 = SECOND_START + 6u * SECOND;
+
+// Staging of a tile's rows: STAGE_ROWS at a time, one load for each invocation.
+const LOADS: u32 = VECTORS / LOAD_VECTORS;
+const FIRST_LOADS: u32 = FIRST_MATRICES * MATRIX_VECTORS / LOAD_VECTORS;
+const STAGE_ROWS: u32 = WORKGROUP / LOADS;
+const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
+
+// A subgroup's own part of scores or weights, for reading and writing a matrix.
+const EXCHANGE: u32 = 2u * SCORE_ROWS / 8u;
+const EXCHANGE_STRIDE: u32 = MATRIX_VECTORS + 2u;
+
+var<workgroup> staged: array<elem4, STAGED>;
+// Of group 0 the scores and weights, of group 1 the gradients of both. The pad of the first row tells whether d_o held
+// infinity or NaN: there are no more bytes.
+var<workgroup> scores: array<vec4<f32>, 2u * SCORE_ROWS>;
+var<workgroup> weights: array<elem4, 2u * SCORE_ROWS>;
+const NON_FINITE: u32 = SCORE_STRIDE - 1u;
+
+#import attention/ds_scratch
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) invocation: u32,
+) {
+    let index = linear_workgroup(workgroup, workgroups);
+    if (index >= params.units) {
+        return;
+    }
+    // Heads are fastest; the block with most queries comes first.
+    let unit = params.first_unit + index;
+    let blocks = (params.tokens + BLOCK_N - 1u) / BLOCK_N;
+    let kv_head = params.first_head + unit % params.head_count;
+    let block = unit / params.head_count % blocks;
+    let first_key = block * BLOCK_N;
+    let batch = params.first_batch + unit / (params.head_count * blocks);
+    let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
+    let last_token = params.tokens - 1u;
+    let tiles = (params.tokens - first_key + MATRIX - 1u) / MATRIX;
+    let row_loads = params.token_stride * LOADS;
+    let exponent_scale = params.scale * LOG2_E;
+    let group_size = params.heads / params.kv_heads;
+
+    let subgroup = invocation / SUBGROUP;
+    let group = subgroup / 4u;
+    let lane_row = invocation % SUBGROUP / LANES;
+    let lane = invocation % LANES;
+    let exchange_at = subgroup * EXCHANGE;
+    let exchange_row = exchange_at + lane_row * EXCHANGE_STRIDE + lane;
+    // This subgroup's columns in the products, and this lane's in between.
+    let kept_row = subgroup % 4u * 2u * MATRIX;
+    let product_at = group * SCORE_ROWS + kept_row / 4u;
+    // Lanes that a row of a matrix has no vectors for do the last one's work again.
+    let chunk = subgroup * MATRIX_VECTORS + min(lane, MATRIX_LANES - 1u);
+    let chunk_at = lane_row * SCORE_STRIDE + chunk;
+    let key = first_key + chunk * 4u;
+    // Product 1 takes group 0 to q and group 1 to d_o, product 2 the other way.
+    let first_1 = group * FIRST;
+    let second_1 = group * SECOND;
+    let first_2 = (1u - group) * FIRST;
+    let second_2 = (1u - group) * SECOND;
+
+    let stage_row = select(MATRIX, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
+    let stage_load = invocation % LOADS;
+    let in_first = stage_load < FIRST_LOADS;
+    let stage_stride = select(SECOND_STRIDE, FIRST_STRIDE, in_first);
+    let stage_at = stage_row * stage_stride + select(stage_load - FIRST_LOADS, stage_load, in_first) * LOAD_VECTORS;
+    let stage_d_o = stage_at + select(SECOND, FIRST, in_first);
+
+    // k or v, through this subgroup's part of the weights. Rows past the last token repeat it and are not written.
+    #for r in 0..2
+    var kept$r: array<MatrixB, DEPTH_MATRICES>;
+    var sums$r: array<MatrixC, DEPTH_MATRICES>;
+    let kept_token$r = min(first_key + kept_row + $ru * MATRIX + lane_row, last_token);
+    let kept_at$r = (kv_base + kept_token$r * params.kv_token_stride) * VECTORS + lane;
+    #for d in 0..DEPTH_MATRICES
+    if (lane < MATRIX_LANES) {
+        for (var i = 0u; i < MATRIX_CHUNKS; i++) {
+            let at = kept_at$r + $du * MATRIX_VECTORS + i * MATRIX_LANES;
+            if (group == 0u) {
+                weights[exchange_row + i * MATRIX_LANES] = k[at];
+            } else {
+                weights[exchange_row + i * MATRIX_LANES] = v[at];
+            }
+        }
+    }
+    subgroupBarrier();
+    kept$r[$d] = coopLoad<MatrixB>(&weights[exchange_at], EXCHANGE_STRIDE);
+    subgroupBarrier();
+    #end
+    #end
+    // Before the first tile all is zero.
+    for (var i = invocation; i < STAGED; i += WORKGROUP) {
+        staged[i] = elem4();
+    }
+    if (invocation == 0u) {
+        scores[NON_FINITE] = vec4<f32>(0.0);
+    }
+
+    for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
+        let base = batch * params.tokens * params.heads + head * params.head_stride;
+        let lse_base = (batch * params.heads + head) * params.tokens;
+        #for once in 0..DS_SCRATCH
+        let ds_at = ds_block(head - params.first_head * group_size, block, blocks) + invocation;
+        #end
+        workgroupBarrier();
+        for (var i = invocation; i < 2u * SCORE_ROWS; i += WORKGROUP) {
+            weights[i] = elem4();
+        }
+        var second_now = SECOND_START;
+        var second_next = SECOND_START + 2u * SECOND;
+        var second_before = SECOND_START + 4u * SECOND;
+        // Loads advance by a tile and stay at the last token.
+        let last_load = base * LOADS + last_token * row_loads + stage_load;
+        #for s in 0..STAGES
+        var next_at$s =
+            min(base * LOADS + (first_key + stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
+        var next_q$s = finite_load(q[next_at$s]);
+        var next_d_o$s = finite_load(d_o[next_at$s]);
+        if (any(next_d_o$s != d_o[next_at$s])) {
+            scores[NON_FINITE] = vec4<f32>(1.0);
+        }
+        if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
+            let at = select(second_now, 0u, in_first) + $su * STAGE_ROWS * stage_stride;
+            #for h in 0..LOAD_VECTORS
+            staged[at + stage_at + $hu] = vector_of_load(next_q$s, $hu);
+            staged[at + stage_d_o + $hu] = vector_of_load(next_d_o$s, $hu);
+            #end
+        }
+        next_at$s = min(next_at$s + MATRIX * row_loads, last_load);
+        next_q$s = q[next_at$s];
+        next_d_o$s = d_o[next_at$s];
+        #end
+        let last_row = lse_base + last_token;
+        var row_at = min(lse_base + first_key + lane_row, last_row);
+        var row_lse = lse[row_at] * LOG2_E;
+        var row_delta = delta[row_at];
+        workgroupBarrier();
+
+        // Padded to whole bodies: queries past the last token are masked.
+        for (var first_tile = 0u; first_tile < tiles; first_tile += UNROLL) {
+            #for u in 0..UNROLL
+            {
+                let tile = first_tile + $uu;
+                let first_query = first_key + tile * MATRIX;
+                let turn = select(tile % 2u, $uu % 2u, UNROLL % 2u == 0u);
+                let first_now = turn * 2u * FIRST;
+                let first_before = (1u - turn) * 2u * FIRST;
+
+                // Phase 1.
+                #for r in 0..2
+                let weights$r = coopLoad<MatrixA>(&weights[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+                var scores$r = MatrixC();
+                #end
+                #for d in 0..FIRST_MATRICES
+                let rows$d = coopLoadT<MatrixA>(&staged[first_now + first_1 + $du * MATRIX_VECTORS], FIRST_STRIDE);
+                #for r in 0..2
+                scores$r = coopMultiplyAdd(rows$d, kept$r[$d], scores$r);
+                #end
+                #end
+                #for d in 0..SECOND_MATRICES
+                let more_rows$d = coopLoadT<MatrixA>(
+                    &staged[second_now + second_1 + $du * MATRIX_VECTORS],
+                    SECOND_STRIDE,
+                );
+                #for r in 0..2
+                scores$r = coopMultiplyAdd(more_rows$d, kept$r[FIRST_MATRICES + $du], scores$r);
+                #end
+                #end
+                #for r in 0..2
+                coopStoreT(scores$r, &scores[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+                #end
+                #for d in 0..FIRST_MATRICES
+                let columns$d = coopLoadT<MatrixB>(
+                    &staged[first_before + first_2 + $du * MATRIX_VECTORS],
+                    FIRST_STRIDE,
+                );
+                #for r in 0..2
+                sums$r[$d] = coopMultiplyAdd(weights$r, columns$d, sums$r[$d]);
+                #end
+                #end
+                workgroupBarrier();
+
+                // Phase 2.
+                #for d in 0..SECOND_MATRICES
+                let more_columns$d = coopLoadT<MatrixB>(
+                    &staged[second_before + second_2 + $du * MATRIX_VECTORS],
+                    SECOND_STRIDE,
+                );
+                #for r in 0..2
+                sums$r[FIRST_MATRICES + $du] = coopMultiplyAdd(weights$r, more_columns$d, sums$r[FIRST_MATRICES + $du]);
+                #end
+                #end
+                let masked = first_query < first_key + BLOCK_N || first_query + MATRIX > params.tokens;
+                #for i in 0..MATRIX_CHUNKS
+                let score$i = scores[chunk_at + $iu * MATRIX_LANES];
+                let d_weight$i = scores[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS];
+                #end
+                #for i in 0..MATRIX_CHUNKS
+                var weight$i = exp2(fma(score$i, vec4<f32>(exponent_scale), vec4<f32>(-row_lse)));
+                var d_score$i = weight$i * (d_weight$i - vec4<f32>(row_delta));
+                #end
+                if (masked) {
+                    let query = first_query + lane_row;
+                    #for i in 0..MATRIX_CHUNKS
+                    let keys$i = vec4<u32>(key + $iu * MATRIX_LANES * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+                    let seen$i = (keys$i <= vec4<u32>(query)) & vec4<bool>(query < params.tokens);
+                    weight$i = select(vec4<f32>(0.0), weight$i, seen$i);
+                    d_score$i = select(vec4<f32>(0.0), d_score$i, seen$i);
+                    #end
+                    if (first_query + MATRIX < first_key + BLOCK_N) {
+                        #for s in 0..STAGES
+                        next_q$s = finite_load(next_q$s);
+                        let d_o$s = finite_load(next_d_o$s);
+                        if (any(d_o$s != next_d_o$s)) {
+                            scores[NON_FINITE] = vec4<f32>(1.0);
+                        }
+                        next_d_o$s = d_o$s;
+                        #end
+                    }
+                }
+                #for i in 0..MATRIX_CHUNKS
+                weights[chunk_at + $iu * MATRIX_LANES] = pack_elem(weight$i);
+                weights[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS] = pack_elem(d_score$i);
+                #end
+                #for once in 0..DS_SCRATCH
+                ds[ds_at + tile * WORKGROUP] = ds_pack(d_score0, d_score1);
+                #end
+                #for s in 0..STAGES
+                if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
+                    let at = select(second_next, first_before, in_first) + $su * STAGE_ROWS * stage_stride;
+                    #for h in 0..LOAD_VECTORS
+                    staged[at + stage_at + $hu] = vector_of_load(next_q$s, $hu);
+                    staged[at + stage_d_o + $hu] = vector_of_load(next_d_o$s, $hu);
+                    #end
+                }
+                #end
+                #for s in 0..STAGES
+                next_at$s = min(next_at$s + MATRIX * row_loads, last_load);
+                next_q$s = q[next_at$s];
+                next_d_o$s = d_o[next_at$s];
+                #end
+                row_at = min(row_at + MATRIX, last_row);
+                row_lse = lse[row_at] * LOG2_E;
+                row_delta = delta[row_at];
+                let second_free = second_before;
+                second_before = second_now;
+                second_now = second_next;
+                second_next = second_free;
+                workgroupBarrier();
+            }
+            #end
+        }
+
+        // Product 2 of the last tile.
+        let turn = select((tiles - 1u) % 2u, 1u, UNROLL % 2u == 0u);
+        #for r in 0..2
+        let weights$r = coopLoad<MatrixA>(&weights[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+        #end
+        #for d in 0..FIRST_MATRICES
+        let columns$d = coopLoadT<MatrixB>(&staged[turn * 2u * FIRST + first_2 + $du * MATRIX_VECTORS], FIRST_STRIDE);
+        #for r in 0..2
+        sums$r[$d] = coopMultiplyAdd(weights$r, columns$d, sums$r[$d]);
+        #end
+        #end
+        #for d in 0..SECOND_MATRICES
+        let more_columns$d = coopLoadT<MatrixB>(
+            &staged[second_before + second_2 + $du * MATRIX_VECTORS],
+            SECOND_STRIDE,
+        );
+        #for r in 0..2
+        sums$r[FIRST_MATRICES + $du] = coopMultiplyAdd(weights$r, more_columns$d, sums$r[FIRST_MATRICES + $du]);
+        #end
+        #end
+    }
+
+    let non_finite = scores[NON_FINITE].x != 0.0;
+    workgroupBarrier();
+    #for r in 0..2
+    #for d in 0..DEPTH_MATRICES
+    subgroupBarrier();
+    coopStoreT(sums$r[$d], &scores[exchange_at], EXCHANGE_STRIDE);
+    subgroupBarrier();
+    write_gradient(
+        group,
+        vec2<u32>(batch, kv_head),
+        first_key,
+        first_key + kept_row + $ru * MATRIX + lane_row,
+        $du * MATRIX_VECTORS + lane,
+        exchange_row,
+        non_finite,
+    );
+    #end
+    #end
+}
+
+// Writes a lane's vectors of a matrix of dv (group 0) or dk (group 1), from the scores' memory.
+fn write_gradient(
+    group: u32,
+    batch_head: vec2<u32>,
+    first_key: u32,
+    token: u32,
+    column: u32,
+    from_at: u32,
+    non_finite: bool,
+) {
+    if (token >= params.tokens || column % MATRIX_VECTORS >= MATRIX_LANES) {
+        return;
+    }
+    let base = batch_head.x * params.tokens * params.kv_heads + batch_head.y * params.kv_head_stride;
+    let row = base + token * params.kv_token_stride;
+    for (var i = 0u; i < MATRIX_VECTORS; i += MATRIX_LANES) {
+        var sum = scores[from_at + i];
+        if (group == 0u) {
+            if (non_finite) {
+                sum += non_finite_d_o(batch_head, token, min(first_key + BLOCK_N, params.tokens), column + i);
+            }
+            dv[row * VECTORS + column + i] = pack_elem(sum);
+        } else {
+            dk[row * VECTORS + column + i] = pack_elem(sum * params.scale);
+        }
+    }
+}
+
+// The sum of all that is infinite or NaN in a column of d_o, over queries `first` to before `end` of a kv head's group.
+fn non_finite_d_o(batch_head: vec2<u32>, first: u32, end: u32, column: u32) -> vec4<f32> {
+    var sum = vec4<f32>(0.0);
+    let group_size = params.heads / params.kv_heads;
+    for (var head = batch_head.y * group_size; head < (batch_head.y + 1u) * group_size; head++) {
+        let base = batch_head.x * params.tokens * params.heads + head * params.head_stride;
+        for (var query = first; query < end; query++) {
+            let load = d_o[(base + query * params.token_stride) * LOADS + column / LOAD_VECTORS];
+            sum += unpack_elem(vector_of_load(load ^ finite_load(load), column % LOAD_VECTORS));
+        }
+    }
+    return sum;
+}

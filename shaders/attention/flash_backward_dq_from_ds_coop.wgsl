@@ -1,0 +1,240 @@
+// Attention's backward for q (spec section 8), dq = ds k / sqrt(D), from the d_scores that flash_backward_dkdv_coop
+// left in memory.
+//
+// A matrix product: one workgroup of four subgroups per (batch, head, block of BLOCK_M queries), each subgroup half of
+// the rows by half of the columns, QUERY_MATRICES matrices of rows; 2 * MATRIX keys a step, two loads of d_scores and
+// one of keys ahead. Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees
+// such a key its d_scores are NaN already or, if its weight is zero, lack only what the last step adds.
+
+#import shared/grid
+
+struct Params {
+    tokens: u32, // S
+    heads: u32,
+    kv_heads: u32,
+    token_stride: u32,
+    head_stride: u32,
+    kv_token_stride: u32,
+    kv_head_stride: u32,
+    scale: f32, // 1 / sqrt(D)
+    first_unit: u32,
+    units: u32,
+    first_batch: u32,
+    first_head: u32, // the units' heads
+    head_count: u32,
+}
+
+@group(0) @binding(0) var<storage, read_write> k: array<vec4<u32>>;  // [B, S, KV, D] or [B, KV, S, D]
+@group(0) @binding(1) var<storage, read_write> ds: array<vec4<u32>>; // by query head and block, see ds_block
+@group(0) @binding(2) var<storage, read_write> dq: array<elem4>;     // as k with H heads
+@group(0) @binding(3) var<uniform> params: Params;
+
+const WORKGROUP: u32 = 4u * SUBGROUP;
+const LANES: u32 = SUBGROUP / MATRIX;
+const STEP: u32 = 2u * MATRIX;
+
+// Vectors of four elements. Rows in workgroup memory are two longer than their contents, against bank conflicts.
+const VECTORS: u32 = HEAD_DIM / 4u;
+const MATRIX_VECTORS: u32 = MATRIX / 4u;
+const DS_STRIDE: u32 = STEP / 4u + 2u;
+const KEY_STRIDE: u32 = 2u * COLUMN_MATRICES * MATRIX_VECTORS + 2u;
+const EXCHANGE_STRIDE: u32 = MATRIX_VECTORS + 1u;
+
+// Staging of a step's keys: STAGE_ROWS at a time, one load for each invocation.
+const LOADS: u32 = VECTORS / LOAD_VECTORS;
+const STAGE_ROWS: u32 = WORKGROUP / LOADS;
+const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && STEP % STAGE_ROWS == 0u;
+
+var<workgroup> d_scores: array<elem4, BLOCK_M * DS_STRIDE>;
+var<workgroup> keys: array<elem4, STEP * KEY_STRIDE>;
+var<workgroup> exchange: array<vec4<f32>, 4u * MATRIX * EXCHANGE_STRIDE>;
+// Whether keys held infinity or NaN.
+var<workgroup> non_finite: vec4<u32>;
+
+#import attention/ds_scratch
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) invocation: u32,
+) {
+    let index = linear_workgroup(workgroup, workgroups);
+    if (index >= params.units) {
+        return;
+    }
+    // Heads are fastest; the block with most keys comes first.
+    let unit = params.first_unit + index;
+    let query_blocks = (params.tokens + BLOCK_M - 1u) / BLOCK_M;
+    let key_blocks = (params.tokens + BLOCK_N - 1u) / BLOCK_N;
+    let head_index = unit % params.head_count;
+    let head = params.first_head + head_index;
+    let first_query = (query_blocks - 1u - unit / params.head_count % query_blocks) * BLOCK_M;
+    let batch = params.first_batch + unit / (params.head_count * query_blocks);
+    let kv_head = head / (params.heads / params.kv_heads);
+    let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
+    let last_token = params.tokens - 1u;
+    let steps = (first_query + BLOCK_M) / STEP;
+
+    let subgroup = invocation / SUBGROUP;
+    let rows_half = subgroup / 2u;
+    let columns_half = subgroup % 2u;
+    let lane_row = invocation % SUBGROUP / LANES;
+    let lane = invocation % LANES;
+    let d_scores_at = rows_half * QUERY_MATRICES * MATRIX * DS_STRIDE;
+    let keys_at = columns_half * COLUMN_MATRICES * MATRIX_VECTORS;
+    let exchange_at = subgroup * MATRIX * EXCHANGE_STRIDE;
+
+    // A pass of the workgroup over d_scores takes two tiles of queries by the two matrices of the step's keys.
+    let ds_lane = rows_half * DS_TILE + columns_half * SUBGROUP + invocation % SUBGROUP;
+    let stage_ds = (rows_half * MATRIX + lane_row) * DS_STRIDE + columns_half * MATRIX_VECTORS + lane;
+    let stage_row = select(STEP, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
+    let stage_load = invocation % LOADS;
+    let stage_key = stage_row * KEY_STRIDE + stage_load * LOAD_VECTORS;
+
+    if (invocation == 0u) {
+        non_finite = vec4<u32>(0u);
+    }
+    workgroupBarrier();
+    #for r in 0..QUERY_MATRICES
+    var sums$r: array<MatrixC, COLUMN_MATRICES>;
+    #end
+    // d_scores of odd (0) and of even (1) steps and keys, on their way.
+    {
+        let at = ds_step(head_index, 0u, first_query, key_blocks) + ds_lane;
+        #for r in 0..QUERY_MATRICES
+        let now$r = ds[at + 2u * $ru * DS_TILE];
+        d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE] = vector_of_load(now$r, 0u);
+        d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(now$r, 1u);
+        #end
+    }
+    #for u in 0..2
+    let ds_at$u = ds_step(head_index, min($uu + 1u, steps - 1u), first_query, key_blocks) + ds_lane;
+    #for r in 0..QUERY_MATRICES
+    var next_ds$u_$r = ds[ds_at$u + 2u * $ru * DS_TILE];
+    #end
+    #end
+    // Loads advance by a step and stay at the last token.
+    let row_loads = params.kv_token_stride * LOADS;
+    let last_load = kv_base * LOADS + last_token * row_loads + stage_load;
+    #for s in 0..STAGES
+    var key_at$s = min(kv_base * LOADS + (stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
+    var next_key$s = k[key_at$s];
+    if (first_query == 0u) {
+        let finite = finite_load(next_key$s);
+        if (any(finite != next_key$s)) {
+            non_finite[0] = 1u;
+        }
+        next_key$s = finite;
+    }
+    if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < STEP) {
+        #for h in 0..LOAD_VECTORS
+        keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+        #end
+    }
+    key_at$s = min(key_at$s + STEP * row_loads, last_load);
+    next_key$s = k[key_at$s];
+    #end
+    workgroupBarrier();
+
+    // A block of queries makes an even number of steps.
+    for (var first_step = 0u; first_step < steps; first_step += 2u) {
+        #for u in 0..2
+        {
+            let step = first_step + $uu;
+            #for d in 0..2
+            #for r in 0..QUERY_MATRICES
+            let ds$r_$d = coopLoadT<MatrixA>(
+                &d_scores[d_scores_at + $ru * MATRIX * DS_STRIDE + $du * MATRIX_VECTORS],
+                DS_STRIDE,
+            );
+            #end
+            #for c in 0..COLUMN_MATRICES
+            let keys$d_$c = coopLoadT<MatrixB>(
+                &keys[keys_at + $du * MATRIX * KEY_STRIDE + $cu * MATRIX_VECTORS],
+                KEY_STRIDE,
+            );
+            #for r in 0..QUERY_MATRICES
+            sums$r[$c] = coopMultiplyAdd(ds$r_$d, keys$d_$c, sums$r[$c]);
+            #end
+            #end
+            #end
+            workgroupBarrier();
+
+            #for r in 0..QUERY_MATRICES
+            d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE] = vector_of_load(next_ds$u_$r, 0u);
+            d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(next_ds$u_$r, 1u);
+            #end
+            if ((step + 2u) * STEP > first_query) {
+                #for s in 0..STAGES
+                {
+                    let finite = finite_load(next_key$s);
+                    if (any(finite != next_key$s)) {
+                        non_finite[0] = 1u;
+                    }
+                    next_key$s = finite;
+                }
+                #end
+            }
+            #for s in 0..STAGES
+            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < STEP) {
+                #for h in 0..LOAD_VECTORS
+                keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+                #end
+            }
+            #end
+            let ds_at = ds_step(head_index, min(step + 3u, steps - 1u), first_query, key_blocks) + ds_lane;
+            #for r in 0..QUERY_MATRICES
+            next_ds$u_$r = ds[ds_at + 2u * $ru * DS_TILE];
+            #end
+            #for s in 0..STAGES
+            key_at$s = min(key_at$s + STEP * row_loads, last_load);
+            next_key$s = k[key_at$s];
+            #end
+            workgroupBarrier();
+        }
+        #end
+    }
+
+    #for r in 0..QUERY_MATRICES
+    #for c in 0..COLUMN_MATRICES
+    {
+        subgroupBarrier();
+        coopStoreT(sums$r[$c], &exchange[exchange_at], EXCHANGE_STRIDE);
+        subgroupBarrier();
+        let query = first_query + (rows_half * QUERY_MATRICES + $ru) * MATRIX + lane_row;
+        let column = keys_at + $cu * MATRIX_VECTORS + lane;
+        if (query < params.tokens) {
+            for (var i = 0u; i < MATRIX_VECTORS; i += LANES) {
+                if (column + i < VECTORS) {
+                    var sum = exchange[exchange_at + lane_row * EXCHANGE_STRIDE + lane + i];
+                    if (non_finite[0] != 0u) {
+                        sum += non_finite_keys(kv_base, first_query, query, column + i);
+                    }
+                    let row =
+                        batch * params.tokens * params.heads + head * params.head_stride + query * params.token_stride;
+                    dq[row * VECTORS + column + i] = pack_elem(sum * params.scale);
+                }
+            }
+        }
+    }
+    #end
+    #end
+}
+
+// Where a step's d_scores begin, at the block's first tile of queries.
+fn ds_step(head: u32, step: u32, first_query: u32, key_blocks: u32) -> u32 {
+    let block = step * STEP / BLOCK_N;
+    let tile = (first_query - block * BLOCK_N) / MATRIX;
+    return ds_block(head, block, key_blocks) + tile * DS_TILE + step * STEP % BLOCK_N / MATRIX * SUBGROUP;
+}
+
+// The sum of all that is infinite or NaN in a column of keys `first` to `last`.
+fn non_finite_keys(kv_base: u32, first: u32, last: u32, column: u32) -> vec4<f32> {
+    var sum = vec4<f32>(0.0);
+    for (var key = first; key <= last; key++) {
+        let load = k[(kv_base + key * params.kv_token_stride) * LOADS + column / LOAD_VECTORS];
+        sum += unpack_elem(vector_of_load(load ^ finite_load(load), column % LOAD_VECTORS));
+    }
+    return sum;
+}

@@ -1,24 +1,24 @@
 // Exact causal attention, forward (spec section 6), on cooperative matrices: flash_forward's arguments, parameters and
 // order of units.
 //
-// One workgroup per (batch, head, block of BLOCK_M queries) of BLOCK_M / MATRIX subgroups. Two subgroups share 2 * MATRIX
-// query rows, as halves: for q k^T each takes them all with MATRIX of a tile's 2 * MATRIX keys, its q in registers; for
-// p v each takes them all with half of the columns, its part of o in registers; for the softmax each takes MATRIX rows
-// with all keys, LANES lanes to a row. Matrices have no accessible elements, so scores and weights go through
-// workgroup memory.
+// One workgroup per (batch, head, block of BLOCK_M queries) of BLOCK_M / MATRIX subgroups. Two subgroups share
+// 2 * MATRIX query rows, as halves: for q k^T each takes them all with MATRIX of a tile's 2 * MATRIX keys, its q in
+// registers; for p v each takes them all with half of the columns, its part of o in registers; for the softmax each
+// takes MATRIX rows with all keys, LANES lanes to a row. Matrices have no accessible elements, so scores and weights go
+// through workgroup memory.
 //
 // Key tile j passes through two phases with a barrier after each, its neighbours overlapping it:
 //
 //     phase 1    scores of tile j
 //     phase 2    o += weights of tile j - 1 * values of tile j - 1;  weights of tile j;  keys of tile j + 1 staged
-//     between    values of tile j staged
+//     after it   values of tile j staged: before the rescaling, whose branch costs 4 % where it comes first
 //
 // Loads from storage are issued one staging ahead. The softmax uses the row's maximum as it stands: only where a weight
 // would exceed 2^LAZY is it raised and o rescaled, which is rare, and costs a pass of o through workgroup memory.
 // Exponents are to base 2. UNROLL key tiles make a loop's body.
 //
-// What the mask excludes must not reach o even as 0 * NaN: values of tiles that the mask crosses are staged with zero in
-// place of infinity and NaN, and where there were any, the last step adds them to the rows that do see them.
+// What the mask excludes must not reach o even as 0 * NaN: values of tiles that the mask crosses are staged with zero
+// in place of infinity and NaN, and where there were any, the last step adds them to the rows that do see them.
 
 #import shared/grid
 
@@ -56,6 +56,7 @@ const MATRIX_VECTORS: u32 = MATRIX / 4u;
 const KEY_STRIDE: u32 = VECTORS + 2u;
 const VALUE_STRIDE: u32 = 2u * COLUMN_MATRICES * MATRIX_VECTORS + 2u;
 const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
+const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
 
 // A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
 const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
@@ -109,7 +110,7 @@ fn main(
     let keys_at = half * MATRIX * KEY_STRIDE;
     let values_at = half * COLUMN_MATRICES * MATRIX_VECTORS;
     // A subgroup's own memory for reading and writing a matrix.
-    let exchange_at = subgroup * MATRIX * SCORE_STRIDE;
+    let exchange_at = subgroup * SCORE_ROWS;
     let exchange_row = exchange_at + lane_row * SCORE_STRIDE + lane;
 
     let stage_row = select(BLOCK_N, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
@@ -132,7 +133,7 @@ fn main(
     workgroupBarrier();
     #for r in 0..2
     #for d in 0..2
-    q$r[2 * $c + $d] = coopLoadT<MatrixA>(&weights[weights_at + $ru * MATRIX * SCORE_STRIDE + $du * MATRIX_VECTORS], SCORE_STRIDE);
+    q$r[2 * $c + $d] = coopLoadT<MatrixA>(&weights[weights_at + $ru * SCORE_ROWS + $du * MATRIX_VECTORS], SCORE_STRIDE);
     #end
     #end
     workgroupBarrier();
@@ -149,15 +150,21 @@ fn main(
     if (invocation == 0u) {
         flags = vec4<u32>(0u);
     }
+    // Loads advance by a tile and stay at the last token.
+    let row_loads = params.kv_token_stride * LOADS;
+    let last_load = kv_base * LOADS + last_token * row_loads + stage_load;
     #for s in 0..STAGES
-    var next_key$s = k[(kv_base + min(stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
-    var next_value$s = v[(kv_base + min(stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    var key_at$s = min(kv_base * LOADS + (stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
+    var value_at$s = key_at$s;
+    var next_key$s = k[key_at$s];
+    var next_value$s = v[value_at$s];
     if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
         #for h in 0..LOAD_VECTORS
         keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
         #end
     }
-    next_key$s = k[(kv_base + min(BLOCK_N + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+    key_at$s = min(key_at$s + BLOCK_N * row_loads, last_load);
+    next_key$s = k[key_at$s];
     #end
     workgroupBarrier();
 
@@ -174,7 +181,10 @@ fn main(
             // Phase 1.
             #for s in 0..2
             #for r in 0..2
-            let weights$r_$s = coopLoadT<MatrixA>(&weights[weights_at + $ru * MATRIX * SCORE_STRIDE + $su * MATRIX_VECTORS], SCORE_STRIDE);
+            let weights$r_$s = coopLoadT<MatrixA>(
+                &weights[weights_at + $ru * SCORE_ROWS + $su * MATRIX_VECTORS],
+                SCORE_STRIDE,
+            );
             #end
             #end
             #for r in 0..2
@@ -187,7 +197,7 @@ fn main(
             #end
             #end
             #for r in 0..2
-            coopStoreT(scores$r, &scores[scores_at + $ru * MATRIX * SCORE_STRIDE], SCORE_STRIDE);
+            coopStoreT(scores$r, &scores[scores_at + $ru * SCORE_ROWS], SCORE_STRIDE);
             #end
             workgroupBarrier();
 
@@ -197,7 +207,10 @@ fn main(
             }
             #for s in 0..2
             #for c in 0..COLUMN_MATRICES
-            let values$s_$c = coopLoadT<MatrixB>(&values[values_at + $su * MATRIX * VALUE_STRIDE + $cu * MATRIX_VECTORS], VALUE_STRIDE);
+            let values$s_$c = coopLoadT<MatrixB>(
+                &values[values_at + $su * MATRIX * VALUE_STRIDE + $cu * MATRIX_VECTORS],
+                VALUE_STRIDE,
+            );
             #for r in 0..2
             o$r[$c] = coopMultiplyAdd(weights$r_$s, values$s_$c, o$r[$c]);
             #end
@@ -223,14 +236,27 @@ fn main(
             }
             #end
             #for s in 0..STAGES
-            next_key$s = k[(kv_base + min(first_key + 2u * BLOCK_N + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+            key_at$s = min(key_at$s + BLOCK_N * row_loads, last_load);
+            next_key$s = k[key_at$s];
             #end
-            if (subgroupAny(largest > LAZY) || first_key + BLOCK_N - 1u > first_query + subgroup * MATRIX) {
+            if (subgroupAny(largest > LAZY) || crossed) {
+                if (crossed) {
+                    #for s in 0..STAGES
+                    {
+                        let finite = finite_load(next_value$s);
+                        if (any(finite != next_value$s)) {
+                            flags[2] = 1u;
+                        }
+                        next_value$s = finite;
+                    }
+                    #end
+                }
                 // Again, with the mask and the true maximum.
                 var row_maximum = LOWEST;
                 for (var i = 0u; i < SCORE_CHUNKS; i++) {
                     let chunk = scores[row_at + i * LANES];
-                    let seen = vec4<u32>(first_key + (i * LANES + lane) * 4u) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(query);
+                    let seen =
+                        vec4<u32>(first_key + (i * LANES + lane) * 4u) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(query);
                     let masked = select(vec4<f32>(LOWEST), chunk, seen);
                     row_maximum = max(row_maximum, max(max(masked.x, masked.y), max(masked.z, masked.w)));
                 }
@@ -246,8 +272,10 @@ fn main(
                 partial_sum = vec4<f32>(0.0);
                 for (var i = 0u; i < SCORE_CHUNKS; i++) {
                     let chunk = scores[row_at + i * LANES];
-                    let seen = vec4<u32>(first_key + (i * LANES + lane) * 4u) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(query);
-                    let weight = select(vec4<f32>(0.0), exp2(fma(chunk, vec4<f32>(params.scale), vec4<f32>(-maximum))), seen);
+                    let seen =
+                        vec4<u32>(first_key + (i * LANES + lane) * 4u) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(query);
+                    let weight =
+                        select(vec4<f32>(0.0), exp2(fma(chunk, vec4<f32>(params.scale), vec4<f32>(-maximum))), seen);
                     partial_sum += weight;
                     weights[row_at + i * LANES] = pack_elem(weight);
                 }
@@ -260,6 +288,14 @@ fn main(
             }
             sum += (partial_sum.x + partial_sum.y) + (partial_sum.z + partial_sum.w);
             workgroupBarrier();
+
+            #for s in 0..STAGES
+            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
+                #for h in 0..LOAD_VECTORS
+                values[stage_value + $su * STAGE_ROWS * VALUE_STRIDE + $hu] = vector_of_load(next_value$s, $hu);
+                #end
+            }
+            #end
 
             if (flags[tile % 2u] != 0u) {
                 #for r in 0..2
@@ -279,26 +315,9 @@ fn main(
                 workgroupBarrier();
                 row_factor[block_row] = 1.0;
             }
-            if (crossed) {
-                #for s in 0..STAGES
-                {
-                    let finite = finite_load(next_value$s);
-                    if (any(finite != next_value$s)) {
-                        flags[2] = 1u;
-                    }
-                    next_value$s = finite;
-                }
-                #end
-            }
             #for s in 0..STAGES
-            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
-                #for h in 0..LOAD_VECTORS
-                values[stage_value + $su * STAGE_ROWS * VALUE_STRIDE + $hu] = vector_of_load(next_value$s, $hu);
-                #end
-            }
-            #end
-            #for s in 0..STAGES
-            next_value$s = v[(kv_base + min(first_key + BLOCK_N + stage_row + $su * STAGE_ROWS, last_token) * params.kv_token_stride) * LOADS + stage_load];
+            value_at$s = min(value_at$s + BLOCK_N * row_loads, last_load);
+            next_value$s = v[value_at$s];
             #end
         }
         #end
@@ -308,10 +327,13 @@ fn main(
     workgroupBarrier();
     #for s in 0..2
     #for r in 0..2
-    let weights$r_$s = coopLoadT<MatrixA>(&weights[weights_at + $ru * MATRIX * SCORE_STRIDE + $su * MATRIX_VECTORS], SCORE_STRIDE);
+    let weights$r_$s = coopLoadT<MatrixA>(&weights[weights_at + $ru * SCORE_ROWS + $su * MATRIX_VECTORS], SCORE_STRIDE);
     #end
     #for c in 0..COLUMN_MATRICES
-    let values$s_$c = coopLoadT<MatrixB>(&values[values_at + $su * MATRIX * VALUE_STRIDE + $cu * MATRIX_VECTORS], VALUE_STRIDE);
+    let values$s_$c = coopLoadT<MatrixB>(
+        &values[values_at + $su * MATRIX * VALUE_STRIDE + $cu * MATRIX_VECTORS],
+        VALUE_STRIDE,
+    );
     #for r in 0..2
     o$r[$c] = coopMultiplyAdd(weights$r_$s, values$s_$c, o$r[$c]);
     #end

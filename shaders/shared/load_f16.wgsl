@@ -11,3 +11,11 @@ fn finite_load(load: vec4<u32>) -> vec4<u32> {
     let non_finite = (((load & vec4<u32>(0x7c007c00u)) + 0x04000400u) >> vec4<u32>(15u)) & vec4<u32>(0x00010001u);
     return load & ~(non_finite * 0xffffu);
 }
+
+fn is_non_finite(vector: elem4) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(unpack_elem(vector)) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+}
+
+fn finite_vector(vector: elem4) -> elem4 {
+    return select(vector, elem4(), is_non_finite(vector));
+}

@@ -9,3 +9,11 @@ fn finite_load(load: vec4<u32>) -> vec4<u32> {
     let exponent = vec4<u32>(0x7f800000u);
     return select(load, vec4<u32>(0u), (load & exponent) == exponent);
 }
+
+fn is_non_finite(vector: elem4) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(unpack_elem(vector)) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+}
+
+fn finite_vector(vector: elem4) -> elem4 {
+    return select(vector, elem4(), is_non_finite(vector));
+}

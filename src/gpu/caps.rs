@@ -99,8 +99,12 @@ pub struct Caps {
     /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
     /// 2 s, so longer ones are cut.
     pub work_per_dispatch: u64,
+    /// Most bytes of scratch memory that a stage takes for speed alone.
+    pub scratch_bytes: u64,
 }
 
+/// Little beside what training at lengths takes that need it.
+const SCRATCH_BYTES: u64 = 3 << 29;
 /// A GPU of 1 TFLOP/s takes 0.25 s for this much.
 const WORK_PER_DISPATCH: u64 = 1 << 38;
 /// The slowest GPU with 16x16 cooperative matrices does 8 TFLOP/s with them, and takes 0.5 s for this much.
@@ -118,6 +122,7 @@ impl Default for Caps {
             subgroup: 0,
             tier: Tier::SimtF32,
             work_per_dispatch: WORK_PER_DISPATCH,
+            scratch_bytes: SCRATCH_BYTES,
         }
     }
 }

@@ -196,6 +196,12 @@ impl Gpu {
         self.cache.as_ref().map_or(Ok(()), |cache| cache.store())
     }
 
+    /// The same device, on which stages take at most this many bytes of scratch memory for speed alone.
+    pub fn with_scratch_bytes(mut self, bytes: u64) -> Self {
+        self.caps.scratch_bytes = bytes;
+        self
+    }
+
     /// What the device can do.
     pub fn caps(&self) -> &Caps {
         &self.caps

@@ -17,9 +17,13 @@ macro_rules! shaders {
 }
 
 shaders! {
+    "attention/ds_scratch",
     "attention/flash_backward_delta",
     "attention/flash_backward_dkdv",
+    "attention/flash_backward_dkdv_coop",
     "attention/flash_backward_dq",
+    "attention/flash_backward_dq_coop",
+    "attention/flash_backward_dq_from_ds_coop",
     "attention/flash_forward",
     "attention/flash_forward_coop",
     "lighthouse/gather",

@@ -1,6 +1,7 @@
 //! Tiles of the kernels with cooperative matrices: one structure for every size of matrix and subgroup. What does not
 //! fit a device is `None`, and the plan falls to the kernels without matrices.
 
+use super::FlashShape;
 use super::plan::Tile;
 use crate::gpu::Caps;
 use crate::tensor::Element;
@@ -8,8 +9,17 @@ use crate::tensor::Element;
 /// Subgroups of a workgroup. On an H100 one workgroup of eight is resident on a multiprocessor, and its registers hold
 /// the kept rows and the results.
 const SUBGROUPS: usize = 8;
-/// Key tiles of a loop's body: 4 to 8 % over one; more than four compile long (measured on an H100).
-const UNROLL: usize = 2;
+/// Tiles of a loop's body: two are 4 to 8 % over one, more than four compile long (measured on an H100). Software
+/// drivers, which have matrices of 8x8, compile too long already with two.
+const fn unroll(size: usize) -> usize {
+    if size == 16 { 2 } else { 1 }
+}
+/// Largest head_dim: kept rows and results of more do not fit the registers, nor staged rows 48 KiB of workgroup memory.
+const MAX_HEAD_DIM: usize = 128;
+/// Subgroups of the workgroup of `flash_backward_dq_from_ds_coop`.
+const PRODUCT_SUBGROUPS: usize = 4;
+/// Workgroups of that kernel that keep a large GPU busy: with fewer, they are made smaller.
+const BUSY: usize = 512;
 
 /// What the kernels with matrices share, by device and shape.
 struct Matrices {
@@ -46,6 +56,7 @@ impl Matrices {
         };
         let fits = caps.has_matrix(caps.tier, element)
             && head_dim.is_multiple_of(size)
+            && head_dim <= MAX_HEAD_DIM
             && subgroup.is_multiple_of(size)
             && matrices.lanes.is_power_of_two()
             && matrices.lanes <= 2 * matrices.vectors
@@ -58,6 +69,16 @@ impl Matrices {
     /// Steps in which a workgroup stages this many rows.
     fn stages(&self, rows: usize) -> usize {
         rows.div_ceil(self.invocations / self.row_loads)
+    }
+
+    /// Vectors that a lane has of a matrix.
+    fn chunks(&self) -> usize {
+        self.vectors / self.lanes.min(self.vectors)
+    }
+
+    /// Whether a lane has two vectors of four f16 of a matrix: 16 bytes.
+    fn lanes_have_16_bytes(&self) -> bool {
+        self.element_bytes == 2 && 2 * self.lanes == self.vectors
     }
 
     /// Bytes of this many rows of stored elements in workgroup memory, two vectors longer than their contents.
@@ -97,7 +118,7 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
                 ("SCORE_CHUNKS", score_vectors / lanes),
                 ("LANE_BITS", lanes.ilog2() as usize),
                 ("STAGES", matrices.stages(block_n)),
-                ("UNROLL", UNROLL),
+                ("UNROLL", unroll(size)),
             ],
             invocations: matrices.invocations,
             workgroup_bytes: matrices.stored(block_n, row_vectors)
@@ -108,4 +129,140 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
                 + 16,
         },
     )
+}
+
+/// The tile of `flash_backward_dkdv_coop`, which also writes d_scores if `scratch`.
+pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, scratch: bool) -> Option<Tile> {
+    let matrices = Matrices::new(caps, head_dim, element)?;
+    let Matrices { size, vectors, depth, .. } = matrices;
+    let (block_m, block_n) = (size, SUBGROUPS * size);
+    let (first, second) = (depth.div_ceil(2), depth / 2);
+    fitting(
+        caps,
+        Tile {
+            shader: "attention/flash_backward_dkdv_coop",
+            block_m,
+            block_n,
+            matrix: Some(size),
+            constants: vec![
+                ("SUBGROUP", matrices.subgroup),
+                ("DEPTH_MATRICES", depth),
+                ("FIRST_MATRICES", first),
+                ("SECOND_MATRICES", second),
+                ("MATRIX_CHUNKS", matrices.chunks()),
+                ("STAGES", matrices.stages(block_m)),
+                ("UNROLL", unroll(size)),
+                ("DS_SCRATCH", usize::from(scratch)),
+            ],
+            invocations: matrices.invocations,
+            workgroup_bytes: matrices.stored(4 * size, first * vectors)
+                + matrices.stored(6 * size, second * vectors)
+                + Matrices::single(2 * size, block_n / 4)
+                + matrices.stored(2 * size, block_n / 4),
+        },
+    )
+}
+
+/// The tile of `flash_backward_dq_coop`.
+pub(super) fn dq(caps: &Caps, head_dim: usize, element: Element) -> Option<Tile> {
+    let matrices = Matrices::new(caps, head_dim, element)?;
+    let Matrices { size, vectors, depth, .. } = matrices;
+    let (block_m, block_n) = (SUBGROUPS * size, size);
+    let columns = depth.div_ceil(2);
+    fitting(
+        caps,
+        Tile {
+            shader: "attention/flash_backward_dq_coop",
+            block_m,
+            block_n,
+            matrix: Some(size),
+            constants: vec![
+                ("SUBGROUP", matrices.subgroup),
+                ("DEPTH_MATRICES", depth),
+                ("COLUMN_MATRICES", columns),
+                ("MATRIX_CHUNKS", matrices.chunks()),
+                ("STAGES", matrices.stages(block_n)),
+                ("UNROLL", unroll(size)),
+            ],
+            invocations: matrices.invocations,
+            workgroup_bytes: matrices.stored(4 * size, 2 * columns * vectors)
+                + Matrices::single(2 * size, block_m / 4)
+                + matrices.stored(2 * size, block_m / 4)
+                + 16,
+        },
+    )
+}
+
+/// The tile of `flash_backward_dq_from_ds_coop`, with this many matrices of rows to a subgroup.
+fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, query_matrices: usize) -> Option<Tile> {
+    let matrices = Matrices::new(caps, head_dim, element)?;
+    let Matrices { size, vectors, subgroup, depth, row_loads, .. } = matrices;
+    let (block_m, step) = (2 * query_matrices * size, 2 * size);
+    let invocations = PRODUCT_SUBGROUPS * subgroup;
+    if row_loads > invocations {
+        return None;
+    }
+    let columns = depth.div_ceil(2);
+    fitting(
+        caps,
+        Tile {
+            shader: "attention/flash_backward_dq_from_ds_coop",
+            block_m,
+            // Of the kernel that writes d_scores.
+            block_n: SUBGROUPS * size,
+            matrix: Some(size),
+            constants: vec![
+                ("SUBGROUP", subgroup),
+                ("QUERY_MATRICES", query_matrices),
+                ("COLUMN_MATRICES", columns),
+                ("STAGES", step.div_ceil(invocations / row_loads)),
+            ],
+            invocations,
+            workgroup_bytes: matrices.stored(block_m, step / 4)
+                + matrices.stored(step, 2 * columns * vectors)
+                + PRODUCT_SUBGROUPS * size * (vectors + 1) * 16
+                + 16,
+        },
+    )
+}
+
+/// The backward with five products: d_scores go through memory, for some heads at a time.
+pub(super) struct BackwardWithScratch {
+    /// Writes d_scores.
+    pub dkdv: Tile,
+    /// Reads them.
+    pub dq: Tile,
+    /// Kv heads at a time.
+    pub kv_heads: usize,
+    /// f16 of scratch memory.
+    pub scratch_len: usize,
+}
+
+/// Plans it where the scratch memory of at least one kv head fits `Caps::scratch_bytes` and a binding. Otherwise the
+/// backward computes scores twice, with seven products.
+pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<BackwardWithScratch> {
+    let FlashShape { batch, tokens, heads, kv_heads, head_dim, element, .. } = *shape;
+    let dkdv = dkdv(caps, head_dim, element, true)?;
+    // The kernel has a binding more than the others; slices of the batch are not for it.
+    let limits = &caps.limits;
+    let largest = batch as u64 * tokens as u64 * heads as u64 * head_dim as u64 * element.bytes();
+    let fits = Matrices::new(caps, head_dim, element)?.lanes_have_16_bytes()
+        && limits.max_storage_buffers_per_shader_stage >= 9
+        && largest <= limits.max_storage_buffer_binding_size;
+    if !fits {
+        return None;
+    }
+    let blocks = tokens.div_ceil(dkdv.block_n) as u64;
+    let group = (heads / kv_heads) as u64;
+    let len = group * (blocks * (blocks + 1) / 2) * (dkdv.block_n * dkdv.block_n) as u64;
+    let most = caps.scratch_bytes.min(limits.max_storage_buffer_binding_size).min(limits.max_buffer_size);
+    let at_once = (most / (len * Element::F16.bytes())).min(kv_heads as u64) as usize;
+    if at_once == 0 {
+        return None;
+    }
+    // Chunks of one size, as far as they divide.
+    let kv_heads = kv_heads.div_ceil(kv_heads.div_ceil(at_once));
+    let workgroups = kv_heads * group as usize * tokens.div_ceil(dkdv.block_n);
+    let dq = dq_from_ds(caps, head_dim, element, if workgroups < BUSY { 2 } else { 4 })?;
+    Some(BackwardWithScratch { dkdv, dq, kv_heads, scratch_len: kv_heads * len as usize })
 }

@@ -6,6 +6,8 @@ mod coop;
 mod plan;
 mod reference;
 
+use std::ops::Range;
+
 use crate::config::Shape;
 use crate::error::Result;
 use crate::gpu::{Caps, Kernel, grid, params};
@@ -26,6 +28,43 @@ params!(TileParams {
     first_unit: u32,
     units: u32,
 });
+
+params!(HeadsParams {
+    tokens: u32,
+    heads: u32,
+    kv_heads: u32,
+    token_stride: u32,
+    head_stride: u32,
+    kv_token_stride: u32,
+    kv_head_stride: u32,
+    scale: f32,
+    first_unit: u32,
+    units: u32,
+    first_batch: u32,
+    first_head: u32,
+    head_count: u32,
+});
+
+impl TileParams {
+    /// The same for the backwards with cooperative matrices, whose units may be of some heads only.
+    fn of_heads(self, first_batch: usize, heads: &Range<usize>) -> HeadsParams {
+        HeadsParams {
+            tokens: self.tokens,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            token_stride: self.token_stride,
+            head_stride: self.head_stride,
+            kv_token_stride: self.kv_token_stride,
+            kv_head_stride: self.kv_head_stride,
+            scale: self.scale,
+            first_unit: self.first_unit,
+            units: self.units,
+            first_batch: first_batch as u32,
+            first_head: heads.start as u32,
+            head_count: heads.len() as u32,
+        }
+    }
+}
 
 params!(DeltaParams { tokens: u32, heads: u32, token_stride: u32, head_stride: u32, rows: u32 });
 
@@ -163,6 +202,72 @@ impl FlashShape {
     }
 }
 
+impl FlashShape {
+    /// Operations of a product of a block of queries, blocks counted from the last, with all keys that they see.
+    fn query_work(&self, tile: &Tile, block: usize) -> u64 {
+        let blocks = self.tokens.div_ceil(tile.block_m);
+        2 * self.head_dim as u64 * self.pairs((blocks - 1 - block) * tile.block_m, tile.block_m)
+    }
+
+    /// Operations of the four products that a block of keys takes part in for dk and dv.
+    fn dkdv_work(&self, tile: &Tile, block: usize) -> u64 {
+        let group = (self.heads / self.kv_heads) as u64;
+        // As many pairs as for the queries that lie as far from the other end.
+        let after = self.tokens.saturating_sub((block + 1) * tile.block_n);
+        8 * self.head_dim as u64 * group * self.pairs(after, self.tokens - block * tile.block_n - after)
+    }
+
+    /// The dispatches of a kernel of the backward.
+    fn backward_dispatches(
+        &self,
+        caps: &Caps,
+        tile: &Tile,
+        command: Command,
+        (blocks, heads): (usize, usize),
+        work: impl Fn(usize) -> u64,
+    ) -> Result<Command> {
+        let kernel = self.kernel(caps, tile);
+        let parts = |batch| self.parts(caps, self.scale(), (batch, blocks, heads), &work);
+        if tile.matrix.is_none() {
+            return command.dispatch_parts(caps, self.batch, kernel, parts);
+        }
+        command.dispatch_parts(caps, self.batch, kernel, |batch| {
+            let parts = parts(batch)?.into_iter();
+            Ok(parts.map(|(params, grid, work)| (params.of_heads(0, &(0..heads)), grid, work)).collect())
+        })
+    }
+
+    /// The dispatches of the backward that keeps d_scores in scratch memory: some heads of a batch entry at a time, dk
+    /// and dv and then dq.
+    fn scratch_dispatches(
+        &self,
+        caps: &Caps,
+        plan: &coop::BackwardWithScratch,
+        mut command: Command,
+    ) -> Result<Command> {
+        let group = self.heads / self.kv_heads;
+        for batch in 0..self.batch {
+            for first in (0..self.kv_heads).step_by(plan.kv_heads) {
+                let kv_heads = first..(first + plan.kv_heads).min(self.kv_heads);
+                let heads = kv_heads.start * group..kv_heads.end * group;
+                let blocks = self.tokens.div_ceil(plan.dkdv.block_n);
+                let kernel = self.kernel(caps, &plan.dkdv);
+                let work = |block| self.dkdv_work(&plan.dkdv, block);
+                for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, kv_heads.len()), work)? {
+                    command = command.dispatch(kernel.clone(), params.of_heads(batch, &kv_heads), grid, work);
+                }
+                let blocks = self.tokens.div_ceil(plan.dq.block_m);
+                let kernel = self.kernel(caps, &plan.dq);
+                let work = |block| self.query_work(&plan.dq, block);
+                for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads.len()), work)? {
+                    command = command.dispatch(kernel.clone(), params.of_heads(batch, &heads), grid, work);
+                }
+            }
+        }
+        Ok(command)
+    }
+}
+
 /// What the forward gives.
 #[derive(Clone, Copy, Debug)]
 pub struct FlashForward {
@@ -215,9 +320,7 @@ pub fn record_forward(
         .writes("lse", lse)
         .dispatch_parts(&caps, shape.batch, kernel, |batch| {
             let scale = shape.scale::<f32>() * std::f32::consts::LOG2_E;
-            shape.parts(&caps, scale, (batch, blocks, shape.heads), |block| {
-                4 * shape.head_dim as u64 * shape.pairs((blocks - 1 - block) * tile.block_m, tile.block_m)
-            })
+            shape.parts(&caps, scale, (batch, blocks, shape.heads), |block| 2 * shape.query_work(&tile, block))
         })?;
     recording.push(command)?;
     Ok(FlashForward { o, lse })
@@ -254,7 +357,6 @@ pub fn record_backward(
     let delta = record_delta(recording, shape, forward.o, d_o)?;
 
     let caps = recording.caps().clone();
-    let plan = plan(&caps, shape.head_dim, shape.element)?;
     let reads = |command: Command| {
         command
             .reads("q", q)
@@ -264,33 +366,28 @@ pub fn record_backward(
             .reads("lse", forward.lse)
             .reads("delta", delta)
     };
-    let Tile { block_n, .. } = plan.dkdv;
-    let blocks = shape.tokens.div_ceil(block_n);
-    let kernel = shape.kernel(&caps, &plan.dkdv);
-    let group = (shape.heads / shape.kv_heads) as u64;
+    if let Some(plan) = coop::backward_with_scratch(&caps, shape) {
+        let ds = recording.scratch("ds", Element::F16, &[plan.scratch_len])?;
+        let command = reads(Command::new("flash_backward", reference::BackwardReference(*shape)))
+            .writes("ds", ds)
+            .writes("dq", gradients.dq)
+            .writes("dk", gradients.dk)
+            .writes("dv", gradients.dv);
+        recording.push(shape.scratch_dispatches(&caps, &plan, command)?)?;
+        return Ok(gradients);
+    }
+    let plan = plan(&caps, shape.head_dim, shape.element)?;
     let command = reads(Command::new("flash_backward_dkdv", reference::DkdvReference(*shape)))
         .writes("dk", gradients.dk)
-        .writes("dv", gradients.dv)
-        .dispatch_parts(&caps, shape.batch, kernel, |batch| {
-            shape.parts(&caps, shape.scale(), (batch, blocks, shape.kv_heads), |block| {
-                // As many as for the queries that lie as far from the other end.
-                let after = shape.tokens.saturating_sub((block + 1) * block_n);
-                8 * shape.head_dim as u64 * group * shape.pairs(after, shape.tokens - block * block_n - after)
-            })
-        })?;
-    recording.push(command)?;
+        .writes("dv", gradients.dv);
+    let blocks = shape.tokens.div_ceil(plan.dkdv.block_n);
+    let work = |block| shape.dkdv_work(&plan.dkdv, block);
+    recording.push(shape.backward_dispatches(&caps, &plan.dkdv, command, (blocks, shape.kv_heads), work)?)?;
 
-    let Tile { block_m, .. } = plan.dq;
-    let blocks = shape.tokens.div_ceil(block_m);
-    let kernel = shape.kernel(&caps, &plan.dq);
-    let command = reads(Command::new("flash_backward_dq", reference::DqReference(*shape)))
-        .writes("dq", gradients.dq)
-        .dispatch_parts(&caps, shape.batch, kernel, |batch| {
-        shape.parts(&caps, shape.scale(), (batch, blocks, shape.heads), |block| {
-            6 * shape.head_dim as u64 * shape.pairs((blocks - 1 - block) * block_m, block_m)
-        })
-    })?;
-    recording.push(command)?;
+    let command = reads(Command::new("flash_backward_dq", reference::DqReference(*shape))).writes("dq", gradients.dq);
+    let blocks = shape.tokens.div_ceil(plan.dq.block_m);
+    let work = |block| 3 * shape.query_work(&plan.dq, block);
+    recording.push(shape.backward_dispatches(&caps, &plan.dq, command, (blocks, shape.heads), work)?)?;
     Ok(gradients)
 }
 

@@ -61,8 +61,8 @@ pub fn plan(caps: &Caps, head_dim: usize, element: Element) -> Result<TilePlan> 
     };
     Ok(TilePlan {
         forward: choose("attention/flash_forward", coop::forward(caps, head_dim, element), block_m)?,
-        dkdv: choose("attention/flash_backward_dkdv", None, block_n)?,
-        dq: choose("attention/flash_backward_dq", None, block_m)?,
+        dkdv: choose("attention/flash_backward_dkdv", coop::dkdv(caps, head_dim, element, false), block_n)?,
+        dq: choose("attention/flash_backward_dq", coop::dq(caps, head_dim, element), block_m)?,
     })
 }
 

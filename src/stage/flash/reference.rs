@@ -216,3 +216,13 @@ impl Reference for DkdvReference {
         Ok(())
     }
 }
+
+/// dq, dk and dv.
+pub(super) struct BackwardReference(pub FlashShape);
+
+impl Reference for BackwardReference {
+    fn run<T: Real>(&self, args: &Args<'_, T>) -> Result<()> {
+        DkdvReference(self.0).run(args)?;
+        DqReference(self.0).run(args)
+    }
+}
