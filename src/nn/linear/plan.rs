@@ -1,6 +1,7 @@
-//! Tile sizes and slices of a GEMM: pure functions of the device's capabilities and the sizes.
+//! Tiles and slices of a GEMM: pure functions of the device's capabilities and the sizes. The one place to tune them.
 
 use crate::gpu::Caps;
+use crate::tensor::Element;
 
 /// C `[m, n]` = A B over k.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +13,8 @@ pub(super) struct Gemm {
     pub a_along_k: bool,
     /// B is stored `[n, k]`, otherwise `[k, n]`.
     pub b_along_k: bool,
+    /// Storage type of A and B.
+    pub element: Element,
 }
 
 impl Gemm {
@@ -21,24 +24,184 @@ impl Gemm {
     }
 }
 
-/// Columns of a tile, and the step along k (`shaders/shared/gemm.wgsl`).
-const BLOCK_N: usize = 64;
-const BLOCK_K: usize = 16;
-
-/// Workgroups that fill a large GPU.
-const ENOUGH_WORKGROUPS: usize = 512;
 /// Least k of a slice: below that, the partial sums' traffic outweighs the work.
 const LEAST_SLICE: usize = 256;
 
-/// Most work of one dispatch, in floating-point operations: a quarter of a second on a GPU of 1 TFLOP/s, so that no
-/// driver's watchdog takes it for a hang.
-const WORK_PER_DISPATCH: u64 = 1 << 38;
+/// Workgroups that fill a large GPU: those of the kernels without matrices, and those with.
+const ENOUGH_WORKGROUPS: usize = 512;
+const ENOUGH_COOP_WORKGROUPS: usize = 264;
+
+/// Most work of one dispatch without matrices, in floating-point operations: a quarter of a second on a GPU of 1
+/// TFLOP/s, so that no driver's watchdog takes it for a hang.
+const SIMT_WORK_PER_DISPATCH: u64 = 1 << 38;
+
+/// The kernel that computes a tile of C in a workgroup.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Tile {
+    /// `shaders/shared/gemm.wgsl`.
+    Simt(SimtTile),
+    /// `shaders/shared/gemm_coop.wgsl`.
+    Coop(CoopTile),
+}
+
+/// 64 columns by 64 rows for each block of four rows that an invocation keeps in registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SimtTile {
+    pub row_blocks: usize,
+}
+
+impl SimtTile {
+    /// Columns of a tile, and the step along k.
+    const BLOCK_N: usize = 64;
+    const BLOCK_K: usize = 16;
+
+    fn new(caps: &Caps, gemm: &Gemm) -> Self {
+        // Two blocks of rows read a third less of workgroup memory for each product, but leave half the workgroups.
+        let tile = Self { row_blocks: 2 };
+        let fits = tile.workgroup_bytes() <= caps.limits.max_compute_workgroup_storage_size as usize;
+        if gemm.m > 64 && fits { tile } else { Self { row_blocks: 1 } }
+    }
+
+    fn workgroup_bytes(self) -> usize {
+        Self::BLOCK_K / 4 * (64 * self.row_blocks + 2 + Self::BLOCK_N + 2) * 16
+    }
+}
+
+/// A tile's subgroups, and each one's matrices, along m and n.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Shape {
+    pub subgroups: [usize; 2],
+    pub matrices: [usize; 2],
+    /// Its rate at a large GEMM, against the fastest tile.
+    pub rate: f64,
+}
+
+/// The shapes of tiles, for every size of matrix.
+pub(super) const SHAPES: [Shape; 3] = [
+    Shape { subgroups: [2, 2], matrices: [4, 4], rate: 1.0 },
+    Shape { subgroups: [2, 2], matrices: [4, 2], rate: 0.8 },
+    Shape { subgroups: [2, 2], matrices: [2, 2], rate: 0.6 },
+];
+
+/// A tile on cooperative matrices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct CoopTile {
+    /// Rows and columns of a matrix.
+    pub matrix: usize,
+    /// Invocations of a subgroup.
+    pub subgroup: usize,
+    pub shape: Shape,
+    /// k of a step, and steps of a loop's body.
+    pub block_k: usize,
+    pub unroll: usize,
+    pub buffers: usize,
+    element: Element,
+}
+
+impl CoopTile {
+    /// The tile of a shape, if the device has its matrices and it fits.
+    pub fn new(caps: &Caps, gemm: &Gemm, shape: Shape) -> Option<Self> {
+        let (matrix, subgroup, element) = (caps.tier.matrix()?, caps.subgroup, gemm.element);
+        let block_k = 64 / element.bytes() as usize;
+        let tile = Self { matrix, subgroup, shape, block_k, unroll: 2, buffers: 1, element };
+        let limits = &caps.limits;
+        let fits = caps.has_matrix(caps.tier, element)
+            && subgroup.is_multiple_of(matrix)
+            && (subgroup / matrix).is_power_of_two()
+            && tile.invocations() <= limits.max_compute_invocations_per_workgroup as usize
+            && tile.invocations() <= limits.max_compute_workgroup_size_x as usize
+            && tile.stages(gemm).is_some()
+            && tile.workgroup_bytes(gemm) <= limits.max_compute_workgroup_storage_size as usize;
+        fits.then_some(tile)
+    }
+
+    fn block(self, axis: usize) -> usize {
+        let of = |counts: [usize; 2]| counts.get(axis).copied().unwrap_or(1);
+        of(self.shape.subgroups) * of(self.shape.matrices) * self.matrix
+    }
+
+    pub fn invocations(self) -> usize {
+        self.shape.subgroups.iter().product::<usize>() * self.subgroup
+    }
+
+    /// k of a loop's body.
+    pub fn k_step(self) -> usize {
+        self.block_k * self.unroll
+    }
+
+    /// Rows and columns of the tiles of A and B as they are stored.
+    fn stored(self, gemm: &Gemm) -> [(usize, usize); 2] {
+        [(gemm.a_along_k, self.block(0)), (gemm.b_along_k, self.block(1))].map(|(along_k, block)| {
+            if along_k { (block, self.block_k) } else { (self.block_k, block) }
+        })
+    }
+
+    /// Loads of 16 bytes that an invocation makes of the tiles of A and B; `None` if they do not come out even.
+    pub fn stages(self, gemm: &Gemm) -> Option<[usize; 2]> {
+        let mut stages = [0; 2];
+        for (stages, (rows, columns)) in stages.iter_mut().zip(self.stored(gemm)) {
+            let row_loads = columns * self.element.bytes() as usize / 16;
+            if row_loads > self.invocations() || !self.invocations().is_multiple_of(row_loads) {
+                return None;
+            }
+            let stage_rows = self.invocations() / row_loads;
+            if !rows.is_multiple_of(stage_rows) {
+                return None;
+            }
+            *stages = rows / stage_rows;
+        }
+        Some(stages)
+    }
+
+    /// Bytes of workgroup memory, as the shader declares it.
+    pub fn workgroup_bytes(self, gemm: &Gemm) -> usize {
+        let staged: usize =
+            self.stored(gemm).iter().map(|(rows, columns)| rows * (columns + 8) * self.element.bytes() as usize).sum();
+        let sums = self.shape.subgroups.iter().product::<usize>() * self.matrix * (self.matrix + 4) * 4;
+        self.buffers * staged + sums
+    }
+}
+
+impl Tile {
+    fn new(caps: &Caps, gemm: &Gemm, split: bool) -> Self {
+        if caps.tier.matrix().is_some() {
+            // Of a GPU's time, a tile uses the part that lies within C; of a GPU, the part that has a workgroup.
+            let use_of = |tile: CoopTile| {
+                let padded = gemm.m.next_multiple_of(tile.block(0)) * gemm.n.next_multiple_of(tile.block(1));
+                let tiles = padded / (tile.block(0) * tile.block(1));
+                let busy = if split { 1.0 } else { (tiles as f64 / ENOUGH_COOP_WORKGROUPS as f64).min(1.0) };
+                tile.shape.rate * busy * (gemm.m * gemm.n) as f64 / padded as f64
+            };
+            let tiles = SHAPES.into_iter().filter_map(|shape| CoopTile::new(caps, gemm, shape));
+            if let Some(tile) = tiles.max_by(|&a, &b| use_of(a).total_cmp(&use_of(b))) {
+                return Self::Coop(tile);
+            }
+            tracing::debug!(tier = %caps.tier, ?gemm, "does not fit cooperative matrices");
+        }
+        Self::Simt(SimtTile::new(caps, gemm))
+    }
+
+    /// Rows and columns.
+    fn block(self) -> [usize; 2] {
+        match self {
+            Self::Simt(tile) => [64 * tile.row_blocks, SimtTile::BLOCK_N],
+            Self::Coop(tile) => [tile.block(0), tile.block(1)],
+        }
+    }
+
+    /// What k of a slice is a multiple of.
+    fn k_step(self) -> usize {
+        match self {
+            Self::Simt(_) => SimtTile::BLOCK_K,
+            Self::Coop(tile) => tile.k_step(),
+        }
+    }
+}
 
 /// How a GEMM is cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct GemmPlan {
-    /// Blocks of four rows that an invocation keeps in registers: a tile has 64 rows for each.
-    pub row_blocks: usize,
+    pub tile: Tile,
     /// Slices of k, each with its own sums.
     pub slices: usize,
     /// k of one slice.
@@ -50,56 +213,77 @@ pub(super) struct GemmPlan {
 impl GemmPlan {
     /// All of k in one workgroup.
     pub fn whole(caps: &Caps, gemm: &Gemm) -> Self {
-        // Two blocks of rows read a third less of workgroup memory for each product, but leave half the workgroups.
-        let mut plan = Self { row_blocks: 2, slices: 1, slice: gemm.k, tiles_per_dispatch: 1 };
-        if gemm.m <= 64 || plan.workgroup_bytes() > u64::from(caps.limits.max_compute_workgroup_storage_size) {
-            plan.row_blocks = 1;
-        }
-        plan.tiles_per_dispatch = (WORK_PER_DISPATCH / gemm.work().div_ceil(plan.tiles(gemm))).max(1);
-        plan
+        Self::with_tile(caps, gemm, Tile::new(caps, gemm, false))
     }
 
     /// k cut into slices where there are few tiles.
     pub fn split(caps: &Caps, gemm: &Gemm) -> Self {
-        let whole = Self::whole(caps, gemm);
+        let whole = Self::with_tile(caps, gemm, Tile::new(caps, gemm, true));
         let wanted = ENOUGH_WORKGROUPS.div_ceil(whole.tiles(gemm) as usize);
         let slices = wanted.clamp(1, gemm.k.div_ceil(LEAST_SLICE));
-        let slice = gemm.k.div_ceil(slices).next_multiple_of(BLOCK_K);
+        let slice = gemm.k.div_ceil(slices).next_multiple_of(whole.tile.k_step());
         Self { slices: gemm.k.div_ceil(slice), slice, ..whole }
     }
 
-    pub fn block_m(&self) -> usize {
-        64 * self.row_blocks
+    /// All of k in one workgroup, with this tile.
+    pub fn with_tile(caps: &Caps, gemm: &Gemm, tile: Tile) -> Self {
+        let mut plan = Self { tile, slices: 1, slice: gemm.k, tiles_per_dispatch: 1 };
+        let work = match tile {
+            Tile::Simt(_) => SIMT_WORK_PER_DISPATCH,
+            Tile::Coop(_) => caps.work_per_dispatch,
+        };
+        plan.tiles_per_dispatch = (work / gemm.work().div_ceil(plan.tiles(gemm))).max(1);
+        plan
     }
 
     /// Tiles of C.
     pub fn tiles(&self, gemm: &Gemm) -> u64 {
-        gemm.m.div_ceil(self.block_m()) as u64 * gemm.n.div_ceil(BLOCK_N) as u64
-    }
-
-    /// Bytes of workgroup memory, as the shader declares it.
-    pub fn workgroup_bytes(&self) -> u64 {
-        (BLOCK_K / 4 * (self.block_m() + 2 + BLOCK_N + 2) * 16) as u64
+        let [block_m, block_n] = self.tile.block();
+        gemm.m.div_ceil(block_m) as u64 * gemm.n.div_ceil(block_n) as u64
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::{MatrixKind, Tier};
 
     #[test]
     fn plans_cover_c_and_k_and_fit() {
-        let caps = Caps::default();
-        for (m, n, k) in [(1, 8, 8), (64, 64, 16), (130, 136, 24), (1024, 1024, 98_304), (8, 24, 130), (256, 688, 2049)]
-        {
-            let gemm = Gemm { m, n, k, a_along_k: false, b_along_k: false };
-            for plan in [GemmPlan::whole(&caps, &gemm), GemmPlan::split(&caps, &gemm)] {
-                assert!(plan.slices * plan.slice >= k && (plan.slices - 1) * plan.slice < k, "{gemm:?}: {plan:?}");
-                assert!(plan.slices == 1 || plan.slice.is_multiple_of(BLOCK_K), "{gemm:?}: {plan:?}");
-                let work = plan.tiles_per_dispatch * gemm.work() / plan.tiles(&gemm);
-                assert!(plan.tiles_per_dispatch == 1 || work <= WORK_PER_DISPATCH, "{gemm:?}: {plan:?}");
-                assert!(plan.workgroup_bytes() <= 16 << 10, "{gemm:?}: {plan:?}");
+        let coop = |tier: Tier, size, subgroup| {
+            let limits = wgpu::Limits { max_compute_workgroup_storage_size: 32 << 10, ..wgpu::Limits::default() };
+            let matrices = [Element::F16, Element::F32].map(|factors| MatrixKind { size, factors }).to_vec();
+            Caps { limits, shader_f16: true, matrices, subgroup, tier, ..Caps::default() }
+        };
+        let devices = [Caps::default(), coop(Tier::Coop8, 8, 8), coop(Tier::Coop8, 8, 32), coop(Tier::Coop16, 16, 32)];
+        for (caps, element) in devices.iter().flat_map(|caps| [Element::F16, Element::F32].map(|e| (caps, e))) {
+            for (m, n, k) in
+                [(1, 8, 8), (64, 64, 16), (130, 136, 24), (1024, 1024, 98_304), (8, 24, 130), (256, 688, 2049)]
+            {
+                let gemm = Gemm { m, n, k, a_along_k: false, b_along_k: false, element };
+                for plan in [GemmPlan::whole(caps, &gemm), GemmPlan::split(caps, &gemm)] {
+                    let case = format!("{}, {gemm:?}: {plan:?}", caps.tier);
+                    assert_eq!(caps.tier.matrix().is_some(), matches!(plan.tile, Tile::Coop(_)), "{case}");
+                    assert!(plan.slices * plan.slice >= k && (plan.slices - 1) * plan.slice < k, "{case}");
+                    assert!(plan.slices == 1 || plan.slice.is_multiple_of(plan.tile.k_step()), "{case}");
+                    let work = plan.tiles_per_dispatch * gemm.work() / plan.tiles(&gemm);
+                    assert!(plan.tiles_per_dispatch == 1 || work <= caps.work_per_dispatch, "{case}");
+                }
             }
         }
+    }
+
+    #[test]
+    fn small_outputs_get_small_tiles() {
+        let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..wgpu::Limits::default() };
+        let matrices = vec![MatrixKind { size: 16, factors: Element::F16 }];
+        let caps = Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() };
+        let block = |m, n| {
+            let gemm = Gemm { m, n, k: 512, a_along_k: true, b_along_k: true, element: Element::F16 };
+            Tile::new(&caps, &gemm, false).block()
+        };
+        assert_eq!(block(98_304, 1024), [128, 128]);
+        assert_eq!(block(98_304, 64), [128, 64]);
+        assert_eq!(block(1024, 512), [64, 64]);
     }
 }
