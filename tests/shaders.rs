@@ -26,6 +26,7 @@ fn devices() -> Vec<Gpu> {
         max_compute_workgroup_storage_size: 64 << 10,
         max_compute_invocations_per_workgroup: 1024,
         max_compute_workgroup_size_x: 1024,
+        max_storage_buffers_per_shader_stage: 16,
         ..wgpu::Limits::default()
     };
     let f16 = wgpu::Features::SHADER_F16;

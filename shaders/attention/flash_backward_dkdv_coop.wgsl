@@ -88,7 +88,7 @@ var<workgroup> scores: array<vec4<f32>, 2u * SCORE_ROWS>;
 var<workgroup> weights: array<elem4, 2u * SCORE_ROWS>;
 const NON_FINITE: u32 = SCORE_STRIDE - 1u;
 
-#import attention/ds_scratch
+#import shared/ds_scratch
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

@@ -51,7 +51,7 @@ var<workgroup> exchange: array<vec4<f32>, 4u * MATRIX * EXCHANGE_STRIDE>;
 // Whether keys held infinity or NaN.
 var<workgroup> non_finite: vec4<u32>;
 
-#import attention/ds_scratch
+#import shared/ds_scratch
 
 @compute @workgroup_size(WORKGROUP)
 fn main(

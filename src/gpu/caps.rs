@@ -139,7 +139,7 @@ impl Caps {
         Self { limits, ..Self::default() }
     }
 
-    /// Capabilities of a device, with the best tier that it has; `LIGHTHOUSE_TIER` is not looked at. A device does not
+    /// Capabilities of a device, with the best tier for it; `LIGHTHOUSE_TIER` is not looked at. A device does not
     /// tell the cooperative matrices of its adapter: they are the caller's to give, and count if the device has the
     /// features for them.
     pub fn of_device(device: &wgpu::Device, matrices: &[wgpu::CooperativeMatrixProperties]) -> Self {
@@ -160,9 +160,10 @@ impl Caps {
             subgroup,
             ..Self::default()
         };
-        if let Some(best) = caps.tiers().pop() {
-            caps.set_tier(best);
-        }
+        // Drivers that compute on the CPU gain nothing by matrices, and compile their kernels for a minute.
+        let software = info.device_type == wgpu::DeviceType::Cpu;
+        let best = caps.tiers().into_iter().rfind(|tier| !software || tier.matrix().is_none());
+        caps.set_tier(best.unwrap_or(Tier::SimtF32));
         caps
     }
 

@@ -17,7 +17,6 @@ macro_rules! shaders {
 }
 
 shaders! {
-    "attention/ds_scratch",
     "attention/flash_backward_delta",
     "attention/flash_backward_dkdv",
     "attention/flash_backward_dkdv_coop",
@@ -56,6 +55,7 @@ shaders! {
     "nn/swiglu_backward",
     "shared/adamw",
     "shared/cross_entropy",
+    "shared/ds_scratch",
     "shared/exponent",
     "shared/gemm",
     "shared/gemm_coop",

@@ -428,7 +428,11 @@ mod tests {
     /// A device of every tier.
     fn devices() -> Vec<Caps> {
         let coop = |tier: Tier, size, subgroup| {
-            let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..wgpu::Limits::default() };
+            let limits = wgpu::Limits {
+                max_compute_workgroup_storage_size: 48 << 10,
+                max_storage_buffers_per_shader_stage: 9,
+                ..wgpu::Limits::default()
+            };
             let matrices = [Element::F16, Element::F32].map(|factors| MatrixKind { size, factors }).to_vec();
             Caps { limits, shader_f16: true, matrices, subgroup, tier, ..Caps::default() }
         };
@@ -444,7 +448,8 @@ mod tests {
                 let layout = Layout::HeadsTokens;
                 let shape = FlashShape { batch: 1, tokens: 1, heads: 1, kv_heads: 1, head_dim, element, layout };
                 let plan = plan(caps, head_dim, element)?;
-                for tile in [plan.forward, plan.dkdv, plan.dq] {
+                let with_scratch = coop::backward_with_scratch(caps, &shape).map(|plan| [plan.dkdv, plan.dq]);
+                for tile in [plan.forward, plan.dkdv, plan.dq].into_iter().chain(with_scratch.into_iter().flatten()) {
                     let case = format!("{}, {}, head_dim {head_dim}, {element}", tile.shader, caps.tier);
                     let reflection = reflect(tile.shader, &parse(tile.shader, &shape.kernel(caps, &tile).compose()?)?)?;
                     assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes as u64, "{case}");
