@@ -103,7 +103,7 @@ pub struct Caps {
     pub scratch_bytes: u64,
 }
 
-/// Little beside what training at lengths takes that need it.
+/// 1.5 GiB: at lengths that ask for so much, what a training step keeps of its forward is several times that.
 const SCRATCH_BYTES: u64 = 3 << 29;
 /// A GPU of 1 TFLOP/s takes 0.25 s for this much.
 const WORK_PER_DISPATCH: u64 = 1 << 38;

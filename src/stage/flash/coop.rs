@@ -266,3 +266,60 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
     let dq = dq_from_ds(caps, head_dim, element, if workgroups < BUSY { 2 } else { 4 })?;
     Some(BackwardWithScratch { dkdv, dq, kv_heads, scratch_len: kv_heads * len as usize })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::{MatrixKind, Tier};
+    use crate::stage::flash::Layout;
+
+    /// An H100 as far as plans look at it.
+    fn caps() -> Caps {
+        let limits = wgpu::Limits {
+            max_compute_workgroup_storage_size: 48 << 10,
+            max_compute_invocations_per_workgroup: 1024,
+            max_storage_buffers_per_shader_stage: 16,
+            max_storage_buffer_binding_size: (1 << 31) - 4,
+            max_buffer_size: 1 << 32,
+            ..wgpu::Limits::default()
+        };
+        let matrices = vec![MatrixKind { size: 16, factors: Element::F16 }];
+        Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() }
+    }
+
+    fn heads_at_once(caps: &Caps, tokens: usize, kv_heads: usize, element: Element) -> Option<usize> {
+        let layout = Layout::HeadsTokens;
+        let shape = FlashShape { batch: 1, tokens, heads: 8, kv_heads, head_dim: 128, element, layout };
+        backward_with_scratch(caps, &shape).map(|plan| plan.kv_heads)
+    }
+
+    #[test]
+    fn scratch_is_taken_where_it_fits() {
+        let caps = caps();
+        assert_eq!(heads_at_once(&caps, 4_096, 8, Element::F16), Some(8));
+        assert_eq!(heads_at_once(&caps, 18_432, 8, Element::F16), Some(4));
+        assert_eq!(heads_at_once(&caps, 32_768, 8, Element::F16), Some(1));
+        // A kv head's d_scores are those of its group.
+        assert_eq!(heads_at_once(&caps, 18_432, 2, Element::F16), Some(1));
+        assert_eq!(heads_at_once(&caps, 98_304, 8, Element::F16), None);
+        assert_eq!(heads_at_once(&Caps { scratch_bytes: 0, ..caps.clone() }, 64, 8, Element::F16), None);
+    }
+
+    #[test]
+    fn what_matrices_do_not_take_falls_through() {
+        let caps = caps();
+        assert_eq!(heads_at_once(&caps, 4_096, 8, Element::F32), None);
+        for (head_dim, element) in [(128, Element::F32), (24, Element::F16), (144, Element::F16)] {
+            assert_eq!(forward(&caps, head_dim, element), None);
+            assert_eq!(dkdv(&caps, head_dim, element, false), None);
+            assert_eq!(dq(&caps, head_dim, element), None);
+        }
+        for head_dim in (16..=MAX_HEAD_DIM).step_by(16) {
+            assert!(forward(&caps, head_dim, Element::F16).is_some(), "{head_dim}");
+            assert!(dkdv(&caps, head_dim, Element::F16, true).is_some(), "{head_dim}");
+            assert!(dq(&caps, head_dim, Element::F16).is_some(), "{head_dim}");
+        }
+        // A device whose subgroups have no one size has no matrices for the kernels.
+        assert_eq!(forward(&Caps { subgroup: 0, ..caps }, 128, Element::F16), None);
+    }
+}
