@@ -34,6 +34,8 @@ impl Values {
 pub struct Probe {
     pub inputs: Vec<(Tensor, Values)>,
     pub outputs: Vec<Tensor>,
+    /// Magnitude of the terms that an output sums where they cancel to nothing: their rounding stays.
+    pub terms: f64,
 }
 
 impl Probe {
@@ -312,12 +314,11 @@ fn largest(values: &[f64]) -> f64 {
 }
 
 /// Units in the last place that storing alone may cost: the floor of the error rule. A driver may round to half by
-/// truncation, which is one unit of f16 where rounding to nearest is half of one.
-fn floor(element: Element, exact: &[f64]) -> f64 {
-    match element {
-        Element::F16 => largest(exact) * 2.0f64.powi(-10),
-        _ => largest(exact) * 2.0f64.powi(-22),
-    }
+/// truncation, which is one unit of f16 where rounding to nearest is half of one. Terms are summed in f32.
+fn floor(element: Element, exact: &[f64], terms: f64) -> f64 {
+    let single = 2.0f64.powi(-22);
+    let stored = if element == Element::F16 { 2.0f64.powi(-10) } else { single };
+    (largest(exact) * stored).max(terms * single)
 }
 
 /// Runs a case on a device and compares by the error rule (design section 6): at most `factor` times the error of the
@@ -364,7 +365,10 @@ pub fn compare(device: &Device, expected: &Expected, factor: f64, build: Build<'
             Truth::Index(truth) => (truth.iter().zip(first).filter(|(a, b)| a != b).count() as f64, 0.0),
             Truth::Float { exact, same_storage } => {
                 let got: Vec<f32> = first.iter().map(|&bits| f32::from_bits(bits)).collect();
-                (max_error(exact, &got), factor * max_error(exact, same_storage) + floor(tensor.element(), exact))
+                (
+                    max_error(exact, &got),
+                    factor * max_error(exact, same_storage) + floor(tensor.element(), exact, probe.terms),
+                )
             }
         };
         let counted =

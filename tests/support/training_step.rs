@@ -16,7 +16,7 @@ pub fn measure(target: &Target, problem: &Problem) -> Result<Vec<Outcome>> {
     let outcome = |(i, output): (usize, &str)| {
         let exact: Vec<f64> = exact[i].iter().map(|&x| f64::from(x)).collect();
         let allowed = match target {
-            Target::Gpu(_) => BACKWARD * max_error(&exact, &single[i]) + floor(Element::F32, &exact),
+            Target::Gpu(_) => BACKWARD * max_error(&exact, &single[i]) + floor(Element::F32, &exact, 0.0),
             Target::CpuF32 | Target::CpuF64 => stated_bound(problem.shape.element, &exact),
         };
         Outcome { aspect: Aspect::Values, output: output.into(), error: max_error(&exact, &got[i]), allowed }

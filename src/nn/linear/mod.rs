@@ -316,7 +316,8 @@ mod tests {
                     };
                     let plan = GemmPlan::with_tile(&caps, &gemm, Tile::Coop(tile));
                     let kernel = kernel(&caps, ["nn/linear_weight", "nn/linear_weight_coop"], &gemm, &plan);
-                    let reflection = reflect("nn/linear_weight_coop", &parse("nn/linear_weight_coop", &kernel.compose()?)?)?;
+                    let reflection =
+                        reflect("nn/linear_weight_coop", &parse("nn/linear_weight_coop", &kernel.compose()?)?)?;
                     assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes(&gemm) as u64, "{tile:?}, {gemm:?}");
                     assert_eq!(reflection.invocations as usize, tile.invocations(), "{tile:?}, {gemm:?}");
                 }

@@ -131,9 +131,8 @@ impl CoopTile {
 
     /// Rows and columns of the tiles of A and B as they are stored.
     fn stored(self, gemm: &Gemm) -> [(usize, usize); 2] {
-        [(gemm.a_along_k, self.block(0)), (gemm.b_along_k, self.block(1))].map(|(along_k, block)| {
-            if along_k { (block, self.block_k) } else { (self.block_k, block) }
-        })
+        [(gemm.a_along_k, self.block(0)), (gemm.b_along_k, self.block(1))]
+            .map(|(along_k, block)| if along_k { (block, self.block_k) } else { (self.block_k, block) })
     }
 
     /// Loads of 16 bytes that an invocation makes of the tiles of A and B; `None` if they do not come out even.
