@@ -154,7 +154,6 @@ fn kernel(caps: &Caps, [simt, coop]: [&'static str; 2], gemm: &Gemm, plan: &Gemm
                 .constant("BLOCK_K", tile.block_k)
                 .constant("BLOCK_MATRICES", tile.block_k / tile.matrix)
                 .constant("UNROLL", tile.unroll)
-                .constant("BUFFERS", tile.buffers)
                 .constant("A_STAGES", a_stages)
                 .constant("B_STAGES", b_stages)
                 .flag("K_EVEN", gemm.k.is_multiple_of(tile.k_step()))
@@ -316,7 +315,8 @@ mod tests {
                     };
                     let plan = GemmPlan::with_tile(&caps, &gemm, Tile::Coop(tile));
                     let kernel = kernel(&caps, ["nn/linear_weight", "nn/linear_weight_coop"], &gemm, &plan);
-                    let reflection = reflect("nn/linear_weight_coop", &parse("nn/linear_weight_coop", &kernel.compose()?)?)?;
+                    let reflection =
+                        reflect("nn/linear_weight_coop", &parse("nn/linear_weight_coop", &kernel.compose()?)?)?;
                     assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes(&gemm) as u64, "{tile:?}, {gemm:?}");
                     assert_eq!(reflection.invocations as usize, tile.invocations(), "{tile:?}, {gemm:?}");
                 }
