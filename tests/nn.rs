@@ -118,7 +118,9 @@ fn rms_norm_matches_the_reference() {
 
 #[test]
 fn linear_matches_the_reference() {
-    for (rows, width_in, width_out) in [(1, 8, 24), (37, 24, 136), (130, 136, 40), (130, 8, 8), (70, 520, 256)] {
+    for (rows, width_in, width_out) in
+        [(1, 8, 24), (37, 24, 136), (130, 136, 40), (130, 8, 8), (257, 264, 136), (70, 520, 256)]
+    {
         for element in ELEMENTS {
             let shape = LinearShape { rows, inputs: width_in, outputs: width_out, element };
             for add in [false, true] {
@@ -145,8 +147,24 @@ fn linear_matches_the_reference() {
 }
 
 #[test]
+fn an_input_can_be_its_own_residual() {
+    for element in ELEMENTS {
+        let shape = LinearShape { rows: 37, inputs: 24, outputs: 24, element };
+        check(&format!("{shape:?}"), 2.0, &|recording| {
+            let mut inputs = Inputs::new(recording, 5);
+            let x = inputs.float("x", element, &[37, 24])?;
+            let weight = inputs.float("weight", element, &[24, 24])?;
+            let y = linear::record_forward(inputs.recording, &shape, x, weight, Some(x))?;
+            inputs.compare(&[y])
+        });
+    }
+}
+
+#[test]
 fn linear_weight_gradient_matches_the_reference() {
-    for (rows, width_in, width_out) in [(1, 8, 24), (37, 24, 136), (130, 136, 40), (1100, 24, 8), (2049, 136, 24)] {
+    for (rows, width_in, width_out) in
+        [(1, 8, 24), (37, 24, 136), (130, 136, 40), (257, 264, 136), (1100, 24, 8), (2049, 136, 24)]
+    {
         for element in ELEMENTS {
             let shape = LinearShape { rows, inputs: width_in, outputs: width_out, element };
             check(&format!("{shape:?}"), 3.0, &|recording| {

@@ -5,6 +5,9 @@
 // there by rows or by columns. The loads of a step along k are issued one step ahead of their move to workgroup memory.
 // UNROLL steps of BLOCK_K make a loop's body.
 //
+// An H100 keeps two workgroups of 128 invocations on a multiprocessor up to 24 KB of workgroup memory, and one above
+// that, at half the speed: hence one buffer for each tile, and no padding of the results on their way out.
+//
 // Rows and columns past the end of C repeat the last one and are not stored; past the end of k both factors are zero.
 //
 // The length of the stored inner axes is a multiple of 8. The kernel declares `store` as for shared/gemm, and has `elem`,
@@ -51,18 +54,14 @@ const A_NEXT_K: u32 = select(MATRIX * A_STRIDE, MATRIX_VECTORS, A_ALONG_K);
 const B_NEXT_N: u32 = select(MATRIX_VECTORS, MATRIX * B_STRIDE, B_ALONG_K);
 const B_NEXT_K: u32 = select(MATRIX * B_STRIDE, MATRIX_VECTORS, B_ALONG_K);
 
-// A matrix of C as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
+// A row of a matrix of C belongs to LANES lanes, of which those below MATRIX_LANES have vectors.
 const LANES: u32 = SUBGROUP / MATRIX;
 const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
-const MATRIX_CHUNKS: u32 = MATRIX_VECTORS / MATRIX_LANES;
-const SUM_STRIDE: u32 = MATRIX_VECTORS + 1u;
 
-var<workgroup> a_tile: array<elem4, BUFFERS * select(BLOCK_K, BLOCK_M, A_ALONG_K) * A_STRIDE>;
-var<workgroup> b_tile: array<elem4, BUFFERS * select(BLOCK_K, BLOCK_N, B_ALONG_K) * B_STRIDE>;
-const A_SIZE: u32 = select(BLOCK_K, BLOCK_M, A_ALONG_K) * A_STRIDE;
-const B_SIZE: u32 = select(BLOCK_K, BLOCK_N, B_ALONG_K) * B_STRIDE;
-// One matrix for each subgroup.
-var<workgroup> sums: array<vec4<f32>, SUBGROUPS_M * SUBGROUPS_N * MATRIX * SUM_STRIDE>;
+var<workgroup> a_tile: array<elem4, select(BLOCK_K, BLOCK_M, A_ALONG_K) * A_STRIDE>;
+var<workgroup> b_tile: array<elem4, select(BLOCK_K, BLOCK_N, B_ALONG_K) * B_STRIDE>;
+// One matrix of C for each subgroup.
+var<workgroup> sums: array<vec4<f32>, SUBGROUPS_M * SUBGROUPS_N * MATRIX * MATRIX_VECTORS>;
 
 // Where a factor's load is: of `size` rows or columns of C, or of k, `row` and `load` in the tile that begins at `first`
 // and `k`.
@@ -148,17 +147,17 @@ fn main(
                 #for i in 0..MATRICES_M
                 var a$i: MatrixA;
                 if (A_ALONG_K) {
-                    a$i = coopLoadT<MatrixA>(&a_tile[$uu % BUFFERS * A_SIZE + a_from + $iu * A_NEXT_M + $qu * A_NEXT_K], A_STRIDE);
+                    a$i = coopLoadT<MatrixA>(&a_tile[a_from + $iu * A_NEXT_M + $qu * A_NEXT_K], A_STRIDE);
                 } else {
-                    a$i = coopLoad<MatrixA>(&a_tile[$uu % BUFFERS * A_SIZE + a_from + $iu * A_NEXT_M + $qu * A_NEXT_K], A_STRIDE);
+                    a$i = coopLoad<MatrixA>(&a_tile[a_from + $iu * A_NEXT_M + $qu * A_NEXT_K], A_STRIDE);
                 }
                 #end
                 #for j in 0..MATRICES_N
                 var b$j: MatrixB;
                 if (B_ALONG_K) {
-                    b$j = coopLoad<MatrixB>(&b_tile[$uu % BUFFERS * B_SIZE + b_from + $ju * B_NEXT_N + $qu * B_NEXT_K], B_STRIDE);
+                    b$j = coopLoad<MatrixB>(&b_tile[b_from + $ju * B_NEXT_N + $qu * B_NEXT_K], B_STRIDE);
                 } else {
-                    b$j = coopLoadT<MatrixB>(&b_tile[$uu % BUFFERS * B_SIZE + b_from + $ju * B_NEXT_N + $qu * B_NEXT_K], B_STRIDE);
+                    b$j = coopLoadT<MatrixB>(&b_tile[b_from + $ju * B_NEXT_N + $qu * B_NEXT_K], B_STRIDE);
                 }
                 #for i in 0..MATRICES_M
                 c$i[$j] = coopMultiplyAdd(a$i, b$j, c$i[$j]);
@@ -166,16 +165,14 @@ fn main(
                 #end
             }
             #end
-            if (BUFFERS == 1u) {
-                workgroupBarrier();
-            }
+            workgroupBarrier();
             let k = k_step + ($uu + 1u) * BLOCK_K;
             #for s in 0..A_STAGES
             if (!within_k(A_ALONG_K, a_row + $su * A_STAGE_ROWS, a_load, k, k_end)) {
                 next_a$s = vec4<u32>(0u);
             }
             #for h in 0..LOAD_VECTORS
-            a_tile[($uu + 1u) % BUFFERS * A_SIZE + a_to + $su * A_STAGE_ROWS * A_STRIDE + $hu] = vector_of_load(next_a$s, $hu);
+            a_tile[a_to + $su * A_STAGE_ROWS * A_STRIDE + $hu] = vector_of_load(next_a$s, $hu);
             #end
             #end
             #for s in 0..B_STAGES
@@ -183,7 +180,7 @@ fn main(
                 next_b$s = vec4<u32>(0u);
             }
             #for h in 0..LOAD_VECTORS
-            b_tile[($uu + 1u) % BUFFERS * B_SIZE + b_to + $su * B_STAGE_ROWS * B_STRIDE + $hu] = vector_of_load(next_b$s, $hu);
+            b_tile[b_to + $su * B_STAGE_ROWS * B_STRIDE + $hu] = vector_of_load(next_b$s, $hu);
             #end
             #end
             #for s in 0..A_STAGES
@@ -198,23 +195,22 @@ fn main(
     }
 
     // Matrices have no accessible elements: they go through workgroup memory.
-    let sums_at = subgroup * MATRIX * SUM_STRIDE;
+    let sums_at = subgroup * MATRIX * MATRIX_VECTORS;
     let lane_row = invocation % SUBGROUP / LANES;
     let lane = invocation % LANES;
     #for i in 0..MATRICES_M
     #for j in 0..MATRICES_N
     {
         subgroupBarrier();
-        coopStoreT(c$i[$j], &sums[sums_at], SUM_STRIDE);
+        coopStoreT(c$i[$j], &sums[sums_at], MATRIX_VECTORS);
         subgroupBarrier();
         let row = first_row + (subgroup_m * MATRICES_M + $iu) * MATRIX + lane_row;
-        let column = first_column + (subgroup_n * MATRICES_N + $ju) * MATRIX + lane * 4u;
         if (row < params.m && lane < MATRIX_LANES) {
-            for (var chunk = 0u; chunk < MATRIX_CHUNKS; chunk++) {
-                let c = column + chunk * MATRIX_LANES * 4u;
-                if (c < params.n) {
-                    let sum = sums[sums_at + lane_row * SUM_STRIDE + lane + chunk * MATRIX_LANES];
-                    store(((workgroup.z * params.m + row) * params.n + c) / 4u, sum);
+            for (var vector = lane; vector < MATRIX_VECTORS; vector += MATRIX_LANES) {
+                let column = first_column + (subgroup_n * MATRICES_N + $ju) * MATRIX + vector * 4u;
+                if (column < params.n) {
+                    let at = (workgroup.z * params.m + row) * params.n + column;
+                    store(at / 4u, sums[sums_at + lane_row * MATRIX_VECTORS + vector]);
                 }
             }
         }

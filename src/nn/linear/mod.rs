@@ -154,7 +154,6 @@ fn kernel(caps: &Caps, [simt, coop]: [&'static str; 2], gemm: &Gemm, plan: &Gemm
                 .constant("BLOCK_K", tile.block_k)
                 .constant("BLOCK_MATRICES", tile.block_k / tile.matrix)
                 .constant("UNROLL", tile.unroll)
-                .constant("BUFFERS", tile.buffers)
                 .constant("A_STAGES", a_stages)
                 .constant("B_STAGES", b_stages)
                 .flag("K_EVEN", gemm.k.is_multiple_of(tile.k_step()))

@@ -27,9 +27,16 @@ impl Gemm {
 /// Least k of a slice: below that, the partial sums' traffic outweighs the work.
 const LEAST_SLICE: usize = 256;
 
-/// Workgroups that fill a large GPU: those of the kernels without matrices, and those with.
+/// Workgroups without matrices that fill a large GPU.
 const ENOUGH_WORKGROUPS: usize = 512;
-const ENOUGH_COOP_WORKGROUPS: usize = 264;
+
+/// Workgroups with matrices that an H100 has at a time, two on each multiprocessor.
+const COOP_WORKGROUPS: usize = 264;
+/// Most slices with matrices, and the k whose products take as long as a slice's partial sums.
+const COOP_SLICES: usize = 64;
+const SLICE_OVERHEAD: f64 = 256.0;
+/// k of a step, in bytes.
+const STEP_BYTES: usize = 64;
 
 /// Most work of one dispatch without matrices, in floating-point operations: a quarter of a second on a GPU of 1
 /// TFLOP/s, so that no driver's watchdog takes it for a hang.
@@ -72,15 +79,15 @@ impl SimtTile {
 pub(super) struct Shape {
     pub subgroups: [usize; 2],
     pub matrices: [usize; 2],
-    /// Its rate at a large GEMM, against the fastest tile.
-    pub rate: f64,
+    /// Speed at a large GEMM, against the fastest shape (measured on an H100).
+    speed: f64,
 }
 
-/// The shapes of tiles, for every size of matrix.
+/// The shapes of tiles, for every size of matrix: 128x128, 128x64 and 64x64 of C with matrices of 16x16.
 pub(super) const SHAPES: [Shape; 3] = [
-    Shape { subgroups: [2, 2], matrices: [4, 4], rate: 1.0 },
-    Shape { subgroups: [2, 2], matrices: [4, 2], rate: 0.8 },
-    Shape { subgroups: [2, 2], matrices: [2, 2], rate: 0.6 },
+    Shape { subgroups: [2, 2], matrices: [4, 4], speed: 1.0 },
+    Shape { subgroups: [2, 2], matrices: [4, 2], speed: 0.64 },
+    Shape { subgroups: [2, 2], matrices: [2, 2], speed: 0.5 },
 ];
 
 /// A tile on cooperative matrices.
@@ -94,7 +101,6 @@ pub(super) struct CoopTile {
     /// k of a step, and steps of a loop's body.
     pub block_k: usize,
     pub unroll: usize,
-    pub buffers: usize,
     element: Element,
 }
 
@@ -102,8 +108,10 @@ impl CoopTile {
     /// The tile of a shape, if the device has its matrices and it fits.
     pub fn new(caps: &Caps, gemm: &Gemm, shape: Shape) -> Option<Self> {
         let (matrix, subgroup, element) = (caps.tier.matrix()?, caps.subgroup, gemm.element);
-        let block_k = 64 / element.bytes() as usize;
-        let tile = Self { matrix, subgroup, shape, block_k, unroll: 2, buffers: 1, element };
+        let block_k = STEP_BYTES / element.bytes() as usize;
+        // Two steps in the loop's body gain up to 10 % on an H100; llvmpipe compiles them long.
+        let unroll = if matrix == 16 { 2 } else { 1 };
+        let tile = Self { matrix, subgroup, shape, block_k, unroll, element };
         let limits = &caps.limits;
         let fits = caps.has_matrix(caps.tier, element)
             && subgroup.is_multiple_of(matrix)
@@ -115,13 +123,18 @@ impl CoopTile {
         fits.then_some(tile)
     }
 
-    fn block(self, axis: usize) -> usize {
-        let of = |counts: [usize; 2]| counts.get(axis).copied().unwrap_or(1);
-        of(self.shape.subgroups) * of(self.shape.matrices) * self.matrix
+    /// Rows and columns.
+    fn block(self) -> [usize; 2] {
+        let Shape { subgroups: [subgroups_m, subgroups_n], matrices: [matrices_m, matrices_n], .. } = self.shape;
+        [subgroups_m * matrices_m * self.matrix, subgroups_n * matrices_n * self.matrix]
+    }
+
+    fn subgroups(self) -> usize {
+        self.shape.subgroups.iter().product()
     }
 
     pub fn invocations(self) -> usize {
-        self.shape.subgroups.iter().product::<usize>() * self.subgroup
+        self.subgroups() * self.subgroup
     }
 
     /// k of a loop's body.
@@ -131,7 +144,8 @@ impl CoopTile {
 
     /// Rows and columns of the tiles of A and B as they are stored.
     fn stored(self, gemm: &Gemm) -> [(usize, usize); 2] {
-        [(gemm.a_along_k, self.block(0)), (gemm.b_along_k, self.block(1))]
+        let [block_m, block_n] = self.block();
+        [(gemm.a_along_k, block_m), (gemm.b_along_k, block_n)]
             .map(|(along_k, block)| if along_k { (block, self.block_k) } else { (self.block_k, block) })
     }
 
@@ -152,39 +166,48 @@ impl CoopTile {
         Some(stages)
     }
 
+    /// The time of a GEMM, in an unknown unit: workgroups run in waves, which take as long with fewer of them.
+    fn time(self, gemm: &Gemm, slices: usize) -> f64 {
+        let waves = (Tile::Coop(self).count(gemm) as usize * slices).div_ceil(COOP_WORKGROUPS);
+        let slice = gemm.k.div_ceil(slices) as f64 + if slices > 1 { SLICE_OVERHEAD } else { 0.0 };
+        (waves * self.block().iter().product::<usize>()) as f64 * slice / self.shape.speed
+    }
+
     /// Bytes of workgroup memory, as the shader declares it.
     pub fn workgroup_bytes(self, gemm: &Gemm) -> usize {
-        let staged: usize =
-            self.stored(gemm).iter().map(|(rows, columns)| rows * (columns + 8) * self.element.bytes() as usize).sum();
-        let sums = self.shape.subgroups.iter().product::<usize>() * self.matrix * (self.matrix + 4) * 4;
-        self.buffers * staged + sums
+        let staged = self.stored(gemm).map(|(rows, columns)| rows * (columns + 8) * self.element.bytes() as usize);
+        let sums = self.subgroups() * self.matrix * self.matrix * 4;
+        staged.iter().sum::<usize>() + sums
     }
 }
 
 impl Tile {
-    fn new(caps: &Caps, gemm: &Gemm, split: bool) -> Self {
+    /// The tile, and at most `slices` slices of k.
+    fn choose(caps: &Caps, gemm: &Gemm, slices: usize) -> (Self, usize) {
         if caps.tier.matrix().is_some() {
-            // Of a GPU's time, a tile uses the part that lies within C; of a GPU, the part that has a workgroup.
-            let use_of = |tile: CoopTile| {
-                let padded = gemm.m.next_multiple_of(tile.block(0)) * gemm.n.next_multiple_of(tile.block(1));
-                let tiles = padded / (tile.block(0) * tile.block(1));
-                let busy = if split { 1.0 } else { (tiles as f64 / ENOUGH_COOP_WORKGROUPS as f64).min(1.0) };
-                tile.shape.rate * busy * (gemm.m * gemm.n) as f64 / padded as f64
-            };
             let tiles = SHAPES.into_iter().filter_map(|shape| CoopTile::new(caps, gemm, shape));
-            if let Some(tile) = tiles.max_by(|&a, &b| use_of(a).total_cmp(&use_of(b))) {
-                return Self::Coop(tile);
+            let choices = tiles.flat_map(|tile| (1..=slices.min(COOP_SLICES)).map(move |slices| (tile, slices)));
+            if let Some((tile, slices)) = choices.min_by(|a, b| a.0.time(gemm, a.1).total_cmp(&b.0.time(gemm, b.1))) {
+                return (Self::Coop(tile), slices);
             }
             tracing::debug!(tier = %caps.tier, ?gemm, "does not fit cooperative matrices");
         }
-        Self::Simt(SimtTile::new(caps, gemm))
+        let tile = Self::Simt(SimtTile::new(caps, gemm));
+        let wanted = ENOUGH_WORKGROUPS.div_ceil(tile.count(gemm) as usize);
+        (tile, wanted.min(slices))
+    }
+
+    /// Tiles of C.
+    pub fn count(self, gemm: &Gemm) -> u64 {
+        let [block_m, block_n] = self.block();
+        gemm.m.div_ceil(block_m) as u64 * gemm.n.div_ceil(block_n) as u64
     }
 
     /// Rows and columns.
     fn block(self) -> [usize; 2] {
         match self {
             Self::Simt(tile) => [64 * tile.row_blocks, SimtTile::BLOCK_N],
-            Self::Coop(tile) => [tile.block(0), tile.block(1)],
+            Self::Coop(tile) => tile.block(),
         }
     }
 
@@ -212,16 +235,14 @@ pub(super) struct GemmPlan {
 impl GemmPlan {
     /// All of k in one workgroup.
     pub fn whole(caps: &Caps, gemm: &Gemm) -> Self {
-        Self::with_tile(caps, gemm, Tile::new(caps, gemm, false))
+        Self::with_tile(caps, gemm, Tile::choose(caps, gemm, 1).0)
     }
 
     /// k cut into slices where there are few tiles.
     pub fn split(caps: &Caps, gemm: &Gemm) -> Self {
-        let whole = Self::with_tile(caps, gemm, Tile::new(caps, gemm, true));
-        let wanted = ENOUGH_WORKGROUPS.div_ceil(whole.tiles(gemm) as usize);
-        let slices = wanted.clamp(1, gemm.k.div_ceil(LEAST_SLICE));
-        let slice = gemm.k.div_ceil(slices).next_multiple_of(whole.tile.k_step());
-        Self { slices: gemm.k.div_ceil(slice), slice, ..whole }
+        let (tile, slices) = Tile::choose(caps, gemm, gemm.k.div_ceil(LEAST_SLICE));
+        let slice = gemm.k.div_ceil(slices).next_multiple_of(tile.k_step());
+        Self { slices: gemm.k.div_ceil(slice), slice, ..Self::with_tile(caps, gemm, tile) }
     }
 
     /// All of k in one workgroup, with this tile.
@@ -237,8 +258,7 @@ impl GemmPlan {
 
     /// Tiles of C.
     pub fn tiles(&self, gemm: &Gemm) -> u64 {
-        let [block_m, block_n] = self.tile.block();
-        gemm.m.div_ceil(block_m) as u64 * gemm.n.div_ceil(block_n) as u64
+        self.tile.count(gemm)
     }
 }
 
@@ -273,16 +293,30 @@ mod tests {
     }
 
     #[test]
+    fn two_workgroups_fit_a_multiprocessor() {
+        let matrices = vec![MatrixKind { size: 16, factors: Element::F16 }];
+        let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..wgpu::Limits::default() };
+        let caps = Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() };
+        for (a_along_k, b_along_k) in [(true, true), (true, false), (false, false)] {
+            let gemm = Gemm { m: 8192, n: 8192, k: 8192, a_along_k, b_along_k, element: Element::F16 };
+            for tile in SHAPES.into_iter().map(|shape| CoopTile::new(&caps, &gemm, shape)) {
+                assert!(tile.is_some_and(|tile| tile.workgroup_bytes(&gemm) <= 24 << 10), "{gemm:?}: {tile:?}");
+            }
+        }
+    }
+
+    #[test]
     fn small_outputs_get_small_tiles() {
         let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..wgpu::Limits::default() };
         let matrices = vec![MatrixKind { size: 16, factors: Element::F16 }];
         let caps = Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() };
         let block = |m, n| {
             let gemm = Gemm { m, n, k: 512, a_along_k: true, b_along_k: true, element: Element::F16 };
-            Tile::new(&caps, &gemm, false).block()
+            Tile::choose(&caps, &gemm, 1).0.block()
         };
         assert_eq!(block(98_304, 1024), [128, 128]);
         assert_eq!(block(98_304, 64), [128, 64]);
-        assert_eq!(block(1024, 512), [64, 64]);
+        assert_eq!(block(4096, 512), [128, 64]);
+        assert_eq!(block(1024, 256), [64, 64]);
     }
 }
