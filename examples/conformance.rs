@@ -23,7 +23,7 @@ use support::{Target, golden, open};
 /// Checks this machine's adapters against the CPU's references.
 #[derive(Parser)]
 struct Arguments {
-    /// Which adapters [default: LIGHTHOUSE_BACKEND, else all]
+    /// Which adapters; all: each GPU once, by its best backend [default: LIGHTHOUSE_BACKEND, else all]
     #[arg(long, value_parser = PossibleValuesParser::new(["all", "cpu", "vulkan", "metal", "dx12", "gl"]))]
     backend: Option<String>,
     /// A folder with cases.toml and safetensors files: checks these and nothing else

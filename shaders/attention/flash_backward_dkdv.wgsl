@@ -4,24 +4,12 @@
 //
 // One workgroup per (batch, kv head, block of BLOCK_N keys) streams over the query heads of its group and, for each,
 // over tiles of BLOCK_M queries from the diagonal on; so a kv head's gradients are summed in a fixed order. BLOCK_M,
-// BLOCK_N: host constants, as those of shared/tile; strides as in flash_forward.
+// BLOCK_N: host constants, as those of shared/tile.
 
 #import shared/exponent
+#import shared/flash_params
 #import shared/grid
 #import shared/tile
-
-struct Params {
-    tokens: u32, // S
-    heads: u32,
-    kv_heads: u32,
-    token_stride: u32,
-    head_stride: u32,
-    kv_token_stride: u32,
-    kv_head_stride: u32,
-    scale: f32, // 1 / sqrt(D)
-    first_unit: u32,
-    units: u32,
-}
 
 @group(0) @binding(0) var<storage, read> q: array<elem4>;        // [B, S, H, D] or [B, H, S, D]
 @group(0) @binding(1) var<storage, read> k: array<elem4>;        // the same with KV heads

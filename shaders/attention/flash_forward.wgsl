@@ -2,26 +2,14 @@
 //
 // One workgroup per (batch, head, block of BLOCK_M queries) streams over tiles of BLOCK_N keys with an online softmax:
 // a running maximum and sum per row, and results rescaled when the maximum grows. Exponents are to base 2, with log2(e)
-// in the scale. A head's row of token t is row `head * head_stride + t * token_stride` of its batch entry.
+// in the scale.
 //
 // BLOCK_M, BLOCK_N: host constants, as those of shared/tile.
 
 #import shared/exponent
+#import shared/flash_params
 #import shared/grid
 #import shared/tile
-
-struct Params {
-    tokens: u32, // S
-    heads: u32,
-    kv_heads: u32,
-    token_stride: u32,
-    head_stride: u32,
-    kv_token_stride: u32,
-    kv_head_stride: u32,
-    scale: f32, // log2(e) / sqrt(D)
-    first_unit: u32,
-    units: u32,
-}
 
 @group(0) @binding(0) var<storage, read> q: array<elem4>;       // [B, S, H, D] or [B, H, S, D]
 @group(0) @binding(1) var<storage, read> k: array<elem4>;       // the same with KV heads

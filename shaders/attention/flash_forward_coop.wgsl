@@ -20,20 +20,8 @@
 // What the mask excludes must not reach o even as 0 * NaN: values of tiles that the mask crosses are staged with zero
 // in place of infinity and NaN, and where there were any, the last step adds them to the rows that do see them.
 
+#import shared/flash_params
 #import shared/grid
-
-struct Params {
-    tokens: u32, // S
-    heads: u32,
-    kv_heads: u32,
-    token_stride: u32,
-    head_stride: u32,
-    kv_token_stride: u32,
-    kv_head_stride: u32,
-    scale: f32, // log2(e) / sqrt(D)
-    first_unit: u32,
-    units: u32,
-}
 
 // Loads of 16 bytes are fastest, and stay where they are issued only from bindings that could be written.
 @group(0) @binding(0) var<storage, read_write> q: array<elem4>;     // [B, S, H, D] or [B, H, S, D]

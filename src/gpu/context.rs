@@ -36,11 +36,26 @@ fn instance(backends: wgpu::Backends) -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() })
 }
 
-/// All adapters of the backends that can run compute shaders.
+/// The adapters of the backends that can run compute shaders, each GPU once: an OpenGL adapter of a vendor whose GPU
+/// another of the backends reaches is left out. (Asked for alone it is there; beside Vulkan on an NVIDIA GPU without a
+/// display, both devices were lost.)
 pub fn adapters(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
     let mut adapters = pollster::block_on(instance(backends).enumerate_adapters(backends));
     adapters
         .retain(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
+    let infos: Vec<wgpu::AdapterInfo> = adapters.iter().map(wgpu::Adapter::get_info).collect();
+    let is_again = |info: &wgpu::AdapterInfo| {
+        let same = |other: &&wgpu::AdapterInfo| other.backend != wgpu::Backend::Gl && other.vendor == info.vendor;
+        info.backend == wgpu::Backend::Gl && infos.iter().any(|other| same(&other))
+    };
+    adapters.retain(|adapter| {
+        let info = adapter.get_info();
+        let again = is_again(&info);
+        if again {
+            tracing::info!(adapter = info.name, "left out on OpenGL: another backend reaches this GPU");
+        }
+        !again
+    });
     adapters
 }
 

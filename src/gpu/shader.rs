@@ -57,6 +57,7 @@ shaders! {
     "shared/cross_entropy",
     "shared/ds_scratch",
     "shared/exponent",
+    "shared/flash_params",
     "shared/gemm",
     "shared/gemm_coop",
     "shared/grid",
