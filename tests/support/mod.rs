@@ -171,6 +171,11 @@ impl Target {
         }
     }
 
+    /// Whether cooperative matrices are computed on the CPU.
+    pub fn is_software_coop(&self) -> bool {
+        matches!(self, Self::Gpu(device) if device.gpu.is_software() && device.tier.matrix().is_some())
+    }
+
     /// What a recording for the target is planned with.
     pub fn caps(&self) -> Caps {
         match self {
