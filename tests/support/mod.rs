@@ -171,6 +171,11 @@ impl Target {
         }
     }
 
+    /// Whether cooperative matrices of this type are used, and computed on the CPU.
+    pub fn has_software_matrices(&self, element: Element) -> bool {
+        matches!(self, Self::Gpu(device) if device.gpu.is_software() && device.gpu.caps().has_matrix(device.tier, element))
+    }
+
     /// What a recording for the target is planned with.
     pub fn caps(&self) -> Caps {
         match self {
