@@ -35,7 +35,20 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match conformance(&Arguments::parse()) {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) if error.use_stderr() => {
+            // The first paragraph, which is the error, as one line; usage is what `--help` is for.
+            let message = error.to_string();
+            eprintln!(
+                "{}",
+                message.lines().take_while(|line| !line.is_empty()).map(str::trim).collect::<Vec<_>>().join(" ")
+            );
+            return ExitCode::from(2);
+        }
+        Err(help) => help.exit(),
+    };
+    match conformance(&arguments) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -56,26 +69,10 @@ fn conformance(arguments: &Arguments) -> Result<bool, Box<dyn Error>> {
     // Created before the checks run, so that a path that cannot be written is known at once.
     let json = arguments.json.as_deref().map(create).transpose()?;
 
-    let mut targets = vec![Target::CpuF32];
+    let (mut targets, mut rows) = gpus(&backend)?;
+    targets.insert(0, Target::CpuF32);
     if arguments.golden.is_some() {
-        targets.push(Target::CpuF64);
-    }
-    let mut rows = Vec::new();
-    let adapters = open(&backend)?;
-    if adapters.is_empty() && !["all", "cpu"].contains(&backend.as_str()) {
-        return Err(LighthouseError::NoAdapter { backends: backend, hint: NO_DRIVER_HINT }.into());
-    }
-    if adapters.is_empty() {
-        eprintln!("no GPU adapter: checking the CPU only; {NO_DRIVER_HINT}");
-    }
-    for (adapter, devices) in adapters {
-        match devices {
-            Ok(devices) => targets.extend(devices.into_iter().map(|device| Target::Gpu(Box::new(device)))),
-            Err(error) => {
-                let verdict = Verdict::Broken(error.to_string());
-                rows.push(Row { adapter, tier: "-", check: "open".into(), verdict });
-            }
-        }
+        targets.insert(1, Target::CpuF64);
     }
 
     let names = targets.iter().map(Target::adapter).chain(rows.iter().map(|row| row.adapter.as_str()));
@@ -106,6 +103,44 @@ fn conformance(arguments: &Arguments) -> Result<bool, Box<dyn Error>> {
     }
     println!("{passed} passed, {failed} failed, {skipped} skipped");
     Ok(failed == 0)
+}
+
+/// The backend's adapters with their tiers, and rows for those that cannot be checked. The CPU is all that is left where
+/// a machine has none.
+fn gpus(backend: &str) -> lighthouse_attention::Result<(Vec<Target>, Vec<Row>)> {
+    let (mut targets, mut rows) = (Vec::new(), Vec::new());
+    let adapters = open(backend)?;
+    match backend {
+        "cpu" => eprintln!("checking the CPU only; for a GPU, {NO_DRIVER_HINT}"),
+        "all" if adapters.is_empty() => {
+            eprintln!("no GPU adapter found: checking the CPU only; for a GPU, {NO_DRIVER_HINT}");
+        }
+        _ if adapters.is_empty() => {
+            return Err(LighthouseError::NoAdapter { backends: backend.into(), hint: NO_DRIVER_HINT });
+        }
+        _ => {}
+    }
+    let mut lacking = None;
+    for (adapter, devices) in adapters {
+        let verdict = match devices {
+            Ok(devices) => {
+                targets.extend(devices.into_iter().map(|device| Target::Gpu(Box::new(device))));
+                continue;
+            }
+            // LIGHTHOUSE_TIER names a tier that this adapter lacks; another may have it.
+            Err(error @ LighthouseError::Tier { .. }) => {
+                let reason = error.to_string();
+                lacking = Some(error);
+                Verdict::Skipped(reason)
+            }
+            Err(error) => Verdict::Broken(error.to_string()),
+        };
+        rows.push(Row { adapter, tier: "-", check: "open".into(), verdict });
+    }
+    match lacking {
+        Some(error) if targets.is_empty() => Err(error),
+        _ => Ok((targets, rows)),
+    }
 }
 
 fn create(path: &Path) -> Result<File, String> {

@@ -10,7 +10,9 @@ mod training_step;
 use std::sync::{Arc, OnceLock};
 
 use lighthouse_attention::gpu::{NO_DRIVER_HINT, adapters, parse_backends};
-use lighthouse_attention::{Caps, CpuExecutor, Element, Executor, Gpu, GpuExecutor, Recording, Result, Tensor, Tier};
+use lighthouse_attention::{
+    Caps, CpuExecutor, Element, Error, Executor, Gpu, GpuExecutor, Recording, Result, Tensor, Tier,
+};
 
 /// A tensor's contents.
 #[derive(Clone, Debug)]
@@ -113,13 +115,24 @@ pub fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let backend = std::env::var("LIGHTHOUSE_BACKEND").unwrap_or_else(|_| "all".into());
-        let adapters = open(&backend).unwrap_or_else(|e| panic!("LIGHTHOUSE_BACKEND, LIGHTHOUSE_TIER: {e}"));
-        let tiers = adapters.into_iter().flat_map(|(name, tiers)| tiers.unwrap_or_else(|e| panic!("{name}: {e}")));
-        let devices: Vec<Device> = tiers.collect();
-        if devices.is_empty() {
-            let message = format!("no adapter on backend {backend}: only the CPU is tested; {NO_DRIVER_HINT}");
-            assert!(backend == "cpu" || std::env::var_os("CI").is_none(), "{message}");
-            eprintln!("{message}");
+        let mut devices = Vec::new();
+        let mut lacking = None;
+        for (name, tiers) in open(&backend).unwrap_or_else(|e| panic!("LIGHTHOUSE_BACKEND, LIGHTHOUSE_TIER: {e}")) {
+            match tiers {
+                Ok(tiers) => devices.extend(tiers),
+                Err(error @ Error::Tier { .. }) => lacking = Some(error),
+                Err(error) => panic!("{name}: {error}"),
+            }
+        }
+        match lacking {
+            Some(error) if devices.is_empty() => panic!("{error}"),
+            Some(error) => eprintln!("not tested: {error}"),
+            None if devices.is_empty() => {
+                let message = format!("no adapter on backend {backend}: only the CPU is tested; {NO_DRIVER_HINT}");
+                assert!(backend == "cpu" || std::env::var_os("CI").is_none(), "{message}");
+                eprintln!("{message}");
+            }
+            None => {}
         }
         devices
     })
@@ -128,7 +141,8 @@ pub fn devices() -> &'static [Device] {
 /// All adapters of a backend, or of `all`, with their tiers (one, if `LIGHTHOUSE_TIER` names it); `cpu` has none.
 ///
 /// # Errors
-/// An unknown backend or tier; beside an adapter's name, what its driver says when it does not open.
+/// An unknown backend or tier; beside an adapter's name, that it lacks the tier, or what its driver says when it does
+/// not open.
 pub fn open(backend: &str) -> Result<Vec<(String, Result<Vec<Device>>)>> {
     let forced: Option<Tier> = std::env::var("LIGHTHOUSE_TIER").ok().map(|tier| tier.parse()).transpose()?;
     if backend == "cpu" {
@@ -136,7 +150,7 @@ pub fn open(backend: &str) -> Result<Vec<(String, Result<Vec<Device>>)>> {
     }
     let opened = adapters(parse_backends(backend)?).into_iter().map(|adapter| {
         let tiers = Gpu::from_adapter(&adapter).and_then(|gpu| {
-            let tiers = gpu.caps().tiers().into_iter().filter(|&tier| forced.is_none_or(|forced| forced == tier));
+            let tiers = forced.map_or_else(|| gpu.caps().tiers(), |tier| vec![tier]).into_iter();
             let device = |tier| Ok(Device { adapter: gpu.name().to_owned(), gpu: gpu.clone().with_tier(tier)?, tier });
             tiers.map(device).collect()
         });
