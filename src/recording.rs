@@ -281,7 +281,7 @@ impl Recording {
     }
 
     /// Checks that a tensor is this recording's and has this type and length; `parameter` is its name for the error.
-    pub(crate) fn expect(&self, parameter: &str, tensor: Tensor, element: Element, shape: &[usize]) -> Result<()> {
+    pub(crate) fn require(&self, parameter: &str, tensor: Tensor, element: Element, shape: &[usize]) -> Result<()> {
         let info = self.info(tensor)?;
         if tensor.element != element || elements(shape) != Some(tensor.len) {
             return Err(Error::tensor(

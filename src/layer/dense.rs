@@ -37,9 +37,9 @@ impl DenseAttention {
     /// Tensors of the wrong size, or a device that cannot hold what is needed.
     pub fn record_forward(&self, recording: &mut Recording, [q, k, v]: [Tensor; 3]) -> Result<Forward> {
         let Shape { element, .. } = self.shape;
-        recording.expect("q", q, element, &self.shape.q())?;
-        recording.expect("k", k, element, &self.shape.kv())?;
-        recording.expect("v", v, element, &self.shape.kv())?;
+        recording.require("q", q, element, &self.shape.q())?;
+        recording.require("k", k, element, &self.shape.kv())?;
+        recording.require("v", v, element, &self.shape.kv())?;
         let attention = flash::record_forward(recording, &self.flash(), [q, k, v], None)?;
         Ok(Forward { o: attention.o, selection: None, qkv: [q, k, v], attention })
     }
@@ -49,7 +49,7 @@ impl DenseAttention {
     /// # Errors
     /// As [`record_forward`](Self::record_forward).
     pub fn record_backward(&self, recording: &mut Recording, forward: &Forward, d_o: Tensor) -> Result<Gradients> {
-        recording.expect("d_o", d_o, self.shape.element, &self.shape.q())?;
+        recording.require("d_o", d_o, self.shape.element, &self.shape.q())?;
         let gradients = flash::record_backward(recording, &self.flash(), forward.qkv, &forward.attention, d_o, None)?;
         Ok(Gradients { dq: gradients.dq, dk: gradients.dk, dv: gradients.dv })
     }

@@ -105,11 +105,11 @@ pub fn record(recording: &mut Recording, adamw: &AdamW, tensors: &AdamWTensors) 
         return Err(Error::parameter("master", elements, format!("a multiple of {BLOCK} elements")));
     }
     for (name, tensor) in [("master", master), ("gradient", gradient), ("m", m), ("v", v)] {
-        recording.expect(name, tensor, Element::F32, &[elements])?;
+        recording.require(name, tensor, Element::F32, &[elements])?;
     }
-    recording.expect("schedule", schedule, Element::F32, &[Schedule::LEN])?;
-    recording.expect("norm", norm, Element::F32, &[1])?;
-    recording.expect("decay", decay, Element::U32, &[elements / BLOCK])?;
+    recording.require("schedule", schedule, Element::F32, &[Schedule::LEN])?;
+    recording.require("norm", norm, Element::F32, &[1])?;
+    recording.require("decay", decay, Element::U32, &[elements / BLOCK])?;
     let mut command = Command::new("adamw", reference::Step { adamw: *adamw })
         .reads("schedule", schedule)
         .reads("norm", norm)
@@ -121,7 +121,7 @@ pub fn record(recording: &mut Recording, adamw: &AdamW, tensors: &AdamWTensors) 
     let mut kernel = Kernel::new(recording.caps(), "nn/adamw").constant("BLOCK", BLOCK);
     if let Some(weights) = weights {
         check_element(weights.element())?;
-        recording.expect("weights", weights, weights.element(), &[elements])?;
+        recording.require("weights", weights, weights.element(), &[elements])?;
         command = command.writes("weights", weights);
         kernel =
             Kernel::new(recording.caps(), "nn/adamw_cast").element("elem", weights.element()).constant("BLOCK", BLOCK);

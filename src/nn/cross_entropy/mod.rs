@@ -79,8 +79,8 @@ fn record(
 ) -> Result<Tensor> {
     shape.check()?;
     let &CrossEntropyShape { rows, vocab, element } = shape;
-    recording.expect("logits", logits, element, &[rows, vocab])?;
-    recording.expect("targets", targets, Element::U32, &[rows])?;
+    recording.require("logits", logits, element, &[rows, vocab])?;
+    recording.require("targets", targets, Element::U32, &[rows])?;
     let row_loss = recording.scratch("row_loss", Element::F32, &[rows])?;
     let loss = recording.scratch("loss", Element::F32, &[1])?;
     let scale = gradient.map_or(0.0, |(_, loss_scale)| loss_scale / rows as f32);

@@ -50,8 +50,8 @@ pub fn record_forward(
 ) -> Result<Tensor> {
     shape.check()?;
     let &EmbeddingShape { rows, vocab, width, element } = shape;
-    recording.expect("ids", ids, Element::U32, &[rows])?;
-    recording.expect("weight", weight, element, &[vocab, width])?;
+    recording.require("ids", ids, Element::U32, &[rows])?;
+    recording.require("weight", weight, element, &[vocab, width])?;
     let x = recording.scratch("x", element, &[rows, width])?;
     let kernel = Kernel::new(recording.caps(), "nn/embedding").element("elem", element).constant("COLUMNS", width / 4);
     let params = EmbeddingParams { rows: rows as u32, vocab: vocab as u32 };
@@ -78,9 +78,9 @@ pub fn record_backward(
 ) -> Result<()> {
     shape.check()?;
     let &EmbeddingShape { rows, vocab, width, element } = shape;
-    recording.expect("ids", ids, Element::U32, &[rows])?;
-    recording.expect("d_x", d_x, element, &[rows, width])?;
-    recording.expect("d_weight", d_weight, Element::F32, &[vocab, width])?;
+    recording.require("ids", ids, Element::U32, &[rows])?;
+    recording.require("d_x", d_x, element, &[rows, width])?;
+    recording.require("d_weight", d_weight, Element::F32, &[vocab, width])?;
     let most = (PARTIAL_BYTES / (vocab * width * 4)).clamp(1, 64);
     let slice = rows.div_ceil(rows.div_ceil(SLICE).min(most));
     let slices = rows.div_ceil(slice);

@@ -24,7 +24,7 @@ const LEAST_COLUMNS: usize = 4;
 pub fn record(recording: &mut Recording, gradient: Tensor) -> Result<Tensor> {
     let elements = gradient.len() as usize;
     check_width("gradient", elements)?;
-    recording.expect("gradient", gradient, Element::F32, &[elements])?;
+    recording.require("gradient", gradient, Element::F32, &[elements])?;
     let groups = (elements / 4).div_ceil(WORKGROUP * LEAST_COLUMNS).min(GROUPS);
     let squares = recording.scratch("squares", Element::F32, &[groups])?;
     let norm = recording.scratch("grad_norm", Element::F32, &[1])?;

@@ -48,8 +48,8 @@ pub fn record_forward(
 ) -> Result<Tensor> {
     shape.check()?;
     let &LinearShape { rows, inputs, outputs, element } = shape;
-    recording.expect("x", x, element, &[rows, inputs])?;
-    recording.expect("weight", weight, element, &[outputs, inputs])?;
+    recording.require("x", x, element, &[rows, inputs])?;
+    recording.require("weight", weight, element, &[outputs, inputs])?;
     let y = recording.scratch("y", element, &[rows, outputs])?;
     let gemm = Gemm { m: rows, n: outputs, k: inputs, a_along_k: true, b_along_k: true, element };
     let command =
@@ -72,8 +72,8 @@ pub fn record_backward_input(
 ) -> Result<Tensor> {
     shape.check()?;
     let &LinearShape { rows, inputs, outputs, element } = shape;
-    recording.expect("d_y", d_y, element, &[rows, outputs])?;
-    recording.expect("weight", weight, element, &[outputs, inputs])?;
+    recording.require("d_y", d_y, element, &[rows, outputs])?;
+    recording.require("weight", weight, element, &[outputs, inputs])?;
     let d_x = recording.scratch("d_x", element, &[rows, inputs])?;
     let gemm = Gemm { m: rows, n: inputs, k: outputs, a_along_k: true, b_along_k: false, element };
     let command = Command::new("linear_backward_input", reference::BackwardInput { shape: *shape })
@@ -97,9 +97,9 @@ pub fn record_backward_weight(
 ) -> Result<()> {
     shape.check()?;
     let &LinearShape { rows, inputs, outputs, element } = shape;
-    recording.expect("d_y", d_y, element, &[rows, outputs])?;
-    recording.expect("x", x, element, &[rows, inputs])?;
-    recording.expect("d_weight", d_weight, Element::F32, &[outputs, inputs])?;
+    recording.require("d_y", d_y, element, &[rows, outputs])?;
+    recording.require("x", x, element, &[rows, inputs])?;
+    recording.require("d_weight", d_weight, Element::F32, &[outputs, inputs])?;
     let gemm = Gemm { m: outputs, n: inputs, k: rows, a_along_k: false, b_along_k: false, element };
     let plan = GemmPlan::split(recording.caps(), &gemm);
     let command = Command::new("linear_backward_weight", reference::BackwardWeight { shape: *shape })
@@ -122,7 +122,7 @@ fn record_rows(
 ) -> Result<()> {
     let mut shaders = ["nn/linear", "nn/linear_coop"];
     if let Some(add) = add {
-        recording.expect("the tensor to be added", add, shape.element, &[gemm.m, gemm.n])?;
+        recording.require("the tensor to be added", add, shape.element, &[gemm.m, gemm.n])?;
         command = command.reads("add", add);
         shaders = ["nn/linear_add", "nn/linear_add_coop"];
     }

@@ -52,8 +52,8 @@ pub struct RmsNorm {
 pub fn record_forward(recording: &mut Recording, shape: &RmsNormShape, x: Tensor, weight: Tensor) -> Result<RmsNorm> {
     shape.check()?;
     let &RmsNormShape { rows, width, element } = shape;
-    recording.expect("x", x, element, &[rows, width])?;
-    recording.expect("weight", weight, element, &[width])?;
+    recording.require("x", x, element, &[rows, width])?;
+    recording.require("weight", weight, element, &[width])?;
     let y = recording.scratch("y", element, &[rows, width])?;
     let inverse_rms = recording.scratch("inverse_rms", Element::F32, &[rows])?;
     let lanes = RowLanes::new(width);
@@ -88,11 +88,11 @@ pub fn record_backward(
 ) -> Result<Tensor> {
     shape.check()?;
     let &RmsNormShape { rows, width, element } = shape;
-    recording.expect("x", x, element, &[rows, width])?;
-    recording.expect("weight", weight, element, &[width])?;
-    recording.expect("inverse_rms", inverse_rms, Element::F32, &[rows])?;
-    recording.expect("d_y", d_y, element, &[rows, width])?;
-    recording.expect("d_weight", d_weight, Element::F32, &[width])?;
+    recording.require("x", x, element, &[rows, width])?;
+    recording.require("weight", weight, element, &[width])?;
+    recording.require("inverse_rms", inverse_rms, Element::F32, &[rows])?;
+    recording.require("d_y", d_y, element, &[rows, width])?;
+    recording.require("d_weight", d_weight, Element::F32, &[width])?;
     let d_x = recording.scratch("d_x", element, &[rows, width])?;
     let lanes = RowLanes::new(width);
     let slice = (rows.div_ceil(SLICES)).next_multiple_of(lanes.rows());
@@ -105,7 +105,7 @@ pub fn record_backward(
         .writes("d_x", d_x);
     let mut shader = "nn/rms_norm_backward";
     if let Some(d_residual) = d_residual {
-        recording.expect("d_residual", d_residual, element, &[rows, width])?;
+        recording.require("d_residual", d_residual, element, &[rows, width])?;
         command = command.reads("d_residual", d_residual);
         shader = "nn/rms_norm_backward_residual";
     }

@@ -95,9 +95,9 @@ fn record(
 ) -> Result<()> {
     shape.check()?;
     let &RopeShape { rows, tokens, heads, kv_heads, head_dim, element } = shape;
-    recording.expect("angles", angles, Element::F32, &[tokens, head_dim])?;
-    recording.expect("q", q, element, &[rows, heads, head_dim])?;
-    recording.expect("k", k, element, &[rows, kv_heads, head_dim])?;
+    recording.require("angles", angles, Element::F32, &[tokens, head_dim])?;
+    recording.require("q", q, element, &[rows, heads, head_dim])?;
+    recording.require("k", k, element, &[rows, kv_heads, head_dim])?;
     let kernel = Kernel::new(recording.caps(), "nn/rope")
         .element("elem", element)
         .constant("HEAD_DIM", head_dim)

@@ -40,8 +40,8 @@ impl SwigluShape {
 pub fn record_forward(recording: &mut Recording, shape: &SwigluShape, gate: Tensor, up: Tensor) -> Result<Tensor> {
     shape.check()?;
     let &SwigluShape { rows, hidden, element } = shape;
-    recording.expect("gate", gate, element, &[rows, hidden])?;
-    recording.expect("up", up, element, &[rows, hidden])?;
+    recording.require("gate", gate, element, &[rows, hidden])?;
+    recording.require("up", up, element, &[rows, hidden])?;
     let y = recording.scratch("y", element, &[rows, hidden])?;
     let command =
         Command::new("swiglu", reference::Forward).reads("gate", gate).reads("up", up).writes("y", y).dispatch(
@@ -68,7 +68,7 @@ pub fn record_backward(
     shape.check()?;
     let &SwigluShape { rows, hidden, element } = shape;
     for (name, tensor) in [("gate", gate), ("up", up), ("d_y", d_y)] {
-        recording.expect(name, tensor, element, &[rows, hidden])?;
+        recording.require(name, tensor, element, &[rows, hidden])?;
     }
     let d_gate = recording.scratch("d_gate", element, &[rows, hidden])?;
     let d_up = recording.scratch("d_up", element, &[rows, hidden])?;

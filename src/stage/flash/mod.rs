@@ -299,14 +299,14 @@ pub fn record_forward(
     into: Option<Tensor>,
 ) -> Result<FlashForward> {
     shape.check()?;
-    recording.expect("q", q, shape.element, &shape.q())?;
-    recording.expect("k", k, shape.element, &shape.kv())?;
-    recording.expect("v", v, shape.element, &shape.kv())?;
+    recording.require("q", q, shape.element, &shape.q())?;
+    recording.require("k", k, shape.element, &shape.kv())?;
+    recording.require("v", v, shape.element, &shape.kv())?;
     let o = match into {
         Some(o) => o,
         None => recording.scratch("o", shape.element, &shape.q())?,
     };
-    recording.expect("o", o, shape.element, &shape.q())?;
+    recording.require("o", o, shape.element, &shape.q())?;
     let lse = recording.scratch("lse", Element::F32, &shape.lse())?;
     let caps = recording.caps().clone();
     let tile = plan(&caps, shape.head_dim, shape.element)?.forward;
@@ -348,12 +348,12 @@ pub fn record_backward(
         },
     };
     for (parameter, tensor) in [("q", q), ("o", forward.o), ("d_o", d_o), ("dq", gradients.dq)] {
-        recording.expect(parameter, tensor, shape.element, &shape.q())?;
+        recording.require(parameter, tensor, shape.element, &shape.q())?;
     }
     for (parameter, tensor) in [("k", k), ("v", v), ("dk", gradients.dk), ("dv", gradients.dv)] {
-        recording.expect(parameter, tensor, shape.element, &shape.kv())?;
+        recording.require(parameter, tensor, shape.element, &shape.kv())?;
     }
-    recording.expect("lse", forward.lse, Element::F32, &shape.lse())?;
+    recording.require("lse", forward.lse, Element::F32, &shape.lse())?;
     let delta = record_delta(recording, shape, forward.o, d_o)?;
 
     let caps = recording.caps().clone();

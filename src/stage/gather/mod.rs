@@ -35,11 +35,11 @@ pub fn record_forward(
     indices: Tensor,
 ) -> Result<[Tensor; 3]> {
     let Shape { batch, tokens, heads, kv_heads, head_dim, element } = *shape;
-    recording.expect("q", q, element, &shape.q())?;
-    recording.expect("k", k, element, &shape.kv())?;
-    recording.expect("v", v, element, &shape.kv())?;
-    recording.expect("pyramid", pooled, element, &[batch, pyramid_rows(shape, pyramid), head_dim])?;
-    recording.expect("indices", indices, Element::U32, &[batch, heads, pyramid.gathered])?;
+    recording.require("q", q, element, &shape.q())?;
+    recording.require("k", k, element, &shape.kv())?;
+    recording.require("v", v, element, &shape.kv())?;
+    recording.require("pyramid", pooled, element, &[batch, pyramid_rows(shape, pyramid), head_dim])?;
+    recording.require("indices", indices, Element::U32, &[batch, heads, pyramid.gathered])?;
     let gathered = [batch, heads, pyramid.gathered, head_dim];
     let out = [
         recording.scratch("gathered_q", element, &gathered)?,
@@ -89,13 +89,13 @@ pub fn record_backward(
 ) -> Result<()> {
     let Shape { batch, tokens, heads, kv_heads, head_dim, element } = *shape;
     let gathered = [batch, heads, pyramid.gathered, head_dim];
-    recording.expect("gathered_dq", dq, element, &gathered)?;
-    recording.expect("gathered_dk", dk, element, &gathered)?;
-    recording.expect("gathered_dv", dv, element, &gathered)?;
-    recording.expect("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
-    recording.expect("dq", out[0], element, &shape.q())?;
-    recording.expect("dk", out[1], element, &shape.kv())?;
-    recording.expect("dv", out[2], element, &shape.kv())?;
+    recording.require("gathered_dq", dq, element, &gathered)?;
+    recording.require("gathered_dk", dk, element, &gathered)?;
+    recording.require("gathered_dv", dv, element, &gathered)?;
+    recording.require("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
+    recording.require("dq", out[0], element, &shape.q())?;
+    recording.require("dk", out[1], element, &shape.kv())?;
+    recording.require("dv", out[2], element, &shape.kv())?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/gather_backward")
         .wide(element)

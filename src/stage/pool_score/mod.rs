@@ -36,9 +36,9 @@ pub fn record(
     pyramid: &Pyramid,
     [q, k, v]: [Tensor; 3],
 ) -> Result<PoolScore> {
-    recording.expect("q", q, shape.element, &shape.q())?;
-    recording.expect("k", k, shape.element, &shape.kv())?;
-    recording.expect("v", v, shape.element, &shape.kv())?;
+    recording.require("q", q, shape.element, &shape.q())?;
+    recording.require("k", k, shape.element, &shape.kv())?;
+    recording.require("v", v, shape.element, &shape.kv())?;
     let Shape { batch, heads, kv_heads, head_dim, .. } = *shape;
     let entries = pyramid.entries;
     let out = PoolScore {

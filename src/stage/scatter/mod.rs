@@ -26,9 +26,9 @@ pub fn record_forward(
     o: Tensor,
 ) -> Result<()> {
     let Shape { batch, tokens, heads, head_dim, element, .. } = *shape;
-    recording.expect("gathered_o", gathered_o, element, &[batch, heads, pyramid.gathered, head_dim])?;
-    recording.expect("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
-    recording.expect("o", o, element, &shape.q())?;
+    recording.require("gathered_o", gathered_o, element, &[batch, heads, pyramid.gathered, head_dim])?;
+    recording.require("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
+    recording.require("o", o, element, &shape.q())?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/scatter")
         .wide(element)
@@ -66,8 +66,8 @@ pub fn record_backward(
     indices: Tensor,
 ) -> Result<Tensor> {
     let Shape { batch, tokens, heads, head_dim, element, .. } = *shape;
-    recording.expect("d_o", d_o, element, &shape.q())?;
-    recording.expect("indices", indices, Element::U32, &[batch, heads, pyramid.gathered])?;
+    recording.require("d_o", d_o, element, &shape.q())?;
+    recording.require("indices", indices, Element::U32, &[batch, heads, pyramid.gathered])?;
     let out = recording.scratch("gathered_d_o", element, &[batch, heads, pyramid.gathered, head_dim])?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/scatter_backward")

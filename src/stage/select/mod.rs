@@ -47,8 +47,8 @@ pub fn record(
 ) -> Result<Selection> {
     let Shape { batch, heads, kv_heads, .. } = *shape;
     let (levels, chunk) = (pyramid.levels.len(), pyramid.config.chunk);
-    recording.expect("score_q", score_q, Element::F32, &[batch, heads, pyramid.entries])?;
-    recording.expect("score_k", score_k, Element::F32, &[batch, kv_heads, pyramid.entries])?;
+    recording.require("score_q", score_q, Element::F32, &[batch, heads, pyramid.entries])?;
+    recording.require("score_k", score_k, Element::F32, &[batch, kv_heads, pyramid.entries])?;
     // Histogram, scan and the small variables beside the selected entries.
     let bytes = 4 * (levels - 1) * chunk + 2 * 1024 + 64;
     if bytes as u64 > u64::from(recording.caps().limits.max_compute_workgroup_storage_size) {
