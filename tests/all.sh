@@ -86,9 +86,10 @@ beside() {
   training cpu
 }
 beside >"$logs/beside" 2>&1 &
+beside=$!
 part 'tests, lavapipe' tests_on lavapipe
 training lavapipe
-wait $! || printf '%-32s %4d s %5d passed %4d failed\n' 'the stacks beside lavapipe' 0 0 1 >>"$report"
+wait "$beside" || printf '%-32s %4d s %5d passed %4d failed\n' 'the stacks beside lavapipe' 0 0 1 >>"$report"
 cat "$logs/beside"
 
 printf '\n'
