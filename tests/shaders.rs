@@ -47,6 +47,8 @@ fn devices() -> Vec<Gpu> {
     let devices = [
         noop::least(),
         noop::noop(large.clone(), f16, 0, &[]),
+        noop::noop(large.clone(), f16 | wgpu::Features::SUBGROUP, 4, &[]),
+        noop::noop(least.clone(), wgpu::Features::SUBGROUP, 8, &[]),
         noop::noop(large.clone(), coop, 8, &[half(8)]),
         noop::noop(large.clone(), coop, 32, &[half(8), single(8)]),
         noop::noop(least.clone(), coop, 32, &[half(8), single(8), half(16)]),
@@ -158,8 +160,9 @@ fn translate(source: &str, kernel: &Kernel) -> Result<(), String> {
     let coop = source.contains("coop_mat");
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SHADER_FLOAT16, kernel.tier() >= Tier::SimtF16);
-    let matrices = Capabilities::COOPERATIVE_MATRIX | Capabilities::SUBGROUP | Capabilities::SUBGROUP_BARRIER;
+    let matrices = Capabilities::COOPERATIVE_MATRIX | Capabilities::SUBGROUP_BARRIER;
     capabilities.set(matrices, coop && kernel.tier().matrix().is_some());
+    capabilities.set(Capabilities::SUBGROUP, coop || source.contains("subgroupShuffleXor"));
     let module = naga::front::wgsl::parse_str(source).map_err(|e| e.emit_to_string(source))?;
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)

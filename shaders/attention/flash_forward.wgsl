@@ -4,7 +4,7 @@
 // a running maximum and sum per row, and results rescaled when the maximum grows. Exponents are to base 2, with log2(e)
 // in the scale.
 //
-// BLOCK_M, BLOCK_N: host constants, as those of shared/tile.
+// BLOCK_M, BLOCK_N: host constants, as those of shared/tile. The host imports shared/group_reduce or its twin.
 
 #import shared/exponent
 #import shared/flash_params
@@ -74,12 +74,7 @@ fn main(
         scores[$i] = select(vec4<f32>(LOWEST), scores[$i] * params.scale, key <= vec4<u32>(query + $iu));
         largest[$i] = max(largest[$i], max(max(scores[$i].x, scores[$i].y), max(scores[$i].z, scores[$i].w)));
         #end
-        workgroupBarrier();
-        tile[invocation] = largest;
-        workgroupBarrier();
-        for (var other = 0u; other < LANES; other++) {
-            largest = max(largest, tile[group * LANES + other]);
-        }
+        largest = group_max(largest, invocation);
         let rescale = exp2(maximum - largest);
         maximum = largest;
         partial_sum *= rescale;
@@ -97,13 +92,7 @@ fn main(
         add_weighted_rows(&sums, scores, first_query, values, crossed, invocation);
     }
 
-    workgroupBarrier();
-    tile[invocation] = partial_sum;
-    workgroupBarrier();
-    var sum = vec4<f32>(0.0);
-    for (var other = 0u; other < LANES; other++) {
-        sum += tile[group * LANES + other];
-    }
+    let sum = group_sum(partial_sum, invocation);
     let row_lse = (maximum + log2_or_nan(sum)) * LN_2;
     #for i in 0..4
     if (query + $iu < params.tokens) {

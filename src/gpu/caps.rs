@@ -94,6 +94,8 @@ pub struct Caps {
     pub matrices: Vec<MatrixKind>,
     /// Invocations of a subgroup; 0 if unknown.
     pub subgroup: usize,
+    /// Invocations of the smallest subgroup whose invocations can exchange values; 0 if they cannot.
+    pub exchange: usize,
     /// The kernels to use.
     pub tier: Tier,
     /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
@@ -120,6 +122,7 @@ impl Default for Caps {
             timestamps: false,
             matrices: Vec::new(),
             subgroup: 0,
+            exchange: 0,
             tier: Tier::SimtF32,
             work_per_dispatch: WORK_PER_DISPATCH,
             scratch_bytes: SCRATCH_BYTES,
@@ -158,6 +161,7 @@ impl Caps {
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             matrices: matrices.iter().filter(|_| usable).filter_map(MatrixKind::new).collect(),
             subgroup,
+            exchange: if features.contains(wgpu::Features::SUBGROUP) { info.subgroup_min_size as usize } else { 0 },
             ..Self::default()
         };
         // Drivers that compute on the CPU gain nothing by matrices, and compile their kernels for a minute.

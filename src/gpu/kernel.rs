@@ -83,13 +83,22 @@ pub struct Kernel {
     elements: Vec<(&'static str, Element)>,
     matrices: Option<(usize, Element)>,
     wide: Option<Element>,
+    group_reduce: Option<&'static str>,
     constants: Vec<(&'static str, Constant)>,
 }
 
 impl Kernel {
     /// The shader at `shaders/<shader>.wgsl`.
     pub(crate) fn new(caps: &Caps, shader: &'static str) -> Self {
-        Self { shader, tier: caps.tier, elements: Vec::new(), matrices: None, wide: None, constants: Vec::new() }
+        Self {
+            shader,
+            tier: caps.tier,
+            elements: Vec::new(),
+            matrices: None,
+            wide: None,
+            group_reduce: None,
+            constants: Vec::new(),
+        }
     }
 
     /// The shader's path below `shaders/` without the ending.
@@ -120,6 +129,14 @@ impl Kernel {
     pub(crate) fn wide(mut self, element: Element) -> Self {
         self.wide = Some(element);
         self.constant("WIDE", wide(element))
+    }
+
+    /// Gives the shader `group_max` and `group_sum` over `lanes` neighbouring invocations: by exchange within subgroups
+    /// where these have so many, otherwise through workgroup memory.
+    pub(crate) fn group_reduce(mut self, caps: &Caps, lanes: usize) -> Self {
+        let exchange = lanes.is_power_of_two() && lanes <= caps.exchange;
+        self.group_reduce = Some(if exchange { "shared/group_reduce_subgroup" } else { "shared/group_reduce" });
+        self
     }
 
     /// Gives the shader `const NAME: u32`.
@@ -159,6 +176,9 @@ impl Kernel {
             Some(Element::F16) => prelude.push_str("#import shared/wide_f16\n"),
             Some(_) => prelude.push_str("#import shared/wide_f32\n"),
             None => {}
+        }
+        if let Some(module) = self.group_reduce {
+            prelude.push_str(&format!("#import {module}\n"));
         }
         for (name, element) in &self.elements {
             let (alias, unpack, pack) = match element {

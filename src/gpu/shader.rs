@@ -61,6 +61,8 @@ shaders! {
     "shared/gemm",
     "shared/gemm_coop",
     "shared/grid",
+    "shared/group_reduce",
+    "shared/group_reduce_subgroup",
     "shared/load_f16",
     "shared/load_f32",
     "shared/pyramid",

@@ -168,6 +168,8 @@ impl FlashShape {
             .constant("BLOCK_N", tile.block_n);
         if let Some(size) = tile.matrix {
             kernel = kernel.matrices(size, self.element);
+        } else if tile.shader == plan::FORWARD {
+            kernel = kernel.group_reduce(caps, tile.block_n / 4);
         }
         tile.constants.iter().fold(kernel, |kernel, &(name, value)| kernel.constant(name, value))
     }

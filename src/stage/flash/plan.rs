@@ -36,6 +36,8 @@ pub struct TilePlan {
     pub dq: Tile,
 }
 
+/// The forward without matrices: it alone has maxima and sums of a group of invocations.
+pub(super) const FORWARD: &str = "attention/flash_forward";
 /// Bytes of four f32 in workgroup memory.
 const VEC4: usize = 16;
 /// Lanes whose streamed rows are staged at a time (`STAGED_LANES`), four rows each.
@@ -60,7 +62,7 @@ pub fn plan(caps: &Caps, head_dim: usize, element: Element) -> Result<TilePlan> 
         }
     };
     Ok(TilePlan {
-        forward: choose("attention/flash_forward", coop::forward(caps, head_dim, element), block_m)?,
+        forward: choose(FORWARD, coop::forward(caps, head_dim, element), block_m)?,
         dkdv: choose("attention/flash_backward_dkdv", coop::dkdv(caps, head_dim, element, false), block_n)?,
         dq: choose("attention/flash_backward_dq", coop::dq(caps, head_dim, element), block_m)?,
     })
