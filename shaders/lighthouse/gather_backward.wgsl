@@ -4,8 +4,8 @@
 // The tokens of an entry of level 1 have the same coarser entries: a row group has these tokens together, and looks up
 // and sums those entries once.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h (of kv heads for dk and dv), y: entries of level 1,
-// z: 0 = dq, 1 = dk, 2 = dv.
+// LEVELS (>= 2), POOLING, GROUP (query heads to a kv head): host constants. Workgroup id x: b * H + h (of kv heads for
+// dk and dv), y: entries of level 1, z: 0 = dq, 1 = dk, 2 = dv.
 
 #import shared/pyramid
 #import shared/rows
@@ -52,7 +52,7 @@ fn main(
     }
     let batch = workgroup.x / heads;
     let head = workgroup.x % heads;
-    let group = params.heads / heads; // query heads that share this head: 1 for dq
+    let group = select(GROUP, 1u, tensor == 0u);
 
     for (var parent = workgroup.y * ROWS + lane_group; parent * POOLING < params.tokens; parent += workgroups.y * ROWS) {
         let first = parent * POOLING;

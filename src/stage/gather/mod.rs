@@ -101,7 +101,8 @@ pub fn record_backward(
         .wide(element)
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
-        .constant("POOLING", pyramid.config.pooling);
+        .constant("POOLING", pyramid.config.pooling)
+        .constant("GROUP", heads / kv_heads);
     let command =
         Command::new("gather_backward", reference::GatherBackward { shape: *shape, pyramid: pyramid.clone() })
             .reads("gathered_dq", dq)
