@@ -128,19 +128,22 @@ fn non_finite_inputs_reach_what_depends_on_them() {
                 values[tensor][row(&shape, heads, (0, heads - 1, t)) + 5] = value;
             }
             check_both(&shape, &values);
-            check_without_scratch(&shape, &values);
+            check_with_scratch(&shape, &values, &[0]);
         }
     }
 }
 
-/// The backward where devices with cooperative matrices have no memory for d_scores.
-fn check_without_scratch(shape: &FlashShape, values: &[Vec<f32>; 4]) {
+/// The backward where devices with cooperative matrices have so many bytes of memory for d_scores.
+fn check_with_scratch(shape: &FlashShape, values: &[Vec<f32>; 4], bytes: &[u64]) {
     let case: Build<'_> = &|recording| build(recording, shape, values, true);
     let expected = expect(case).expect("the CPU's part");
     for device in devices().iter().filter(|device| device.tier.matrix().is_some()) {
-        let device = Device { gpu: device.gpu.clone().with_scratch_bytes(0), ..device.clone() };
-        for outcome in compare(&device, &expected, 3.0, case).unwrap_or_else(|e| panic!("{shape:?}: {e}")) {
-            assert!(outcome.passed(), "{shape:?} without scratch on {}, {}: {outcome:?}", device.adapter, device.tier);
+        for &bytes in bytes {
+            let device = Device { gpu: device.gpu.clone().with_scratch_bytes(bytes), ..device.clone() };
+            for outcome in compare(&device, &expected, 3.0, case).unwrap_or_else(|e| panic!("{shape:?}: {e}")) {
+                let on = format!("{shape:?} in {bytes} bytes on {}, {}", device.adapter, device.tier);
+                assert!(outcome.passed(), "{on}: {outcome:?}");
+            }
         }
     }
 }
@@ -149,7 +152,52 @@ fn check_without_scratch(shape: &FlashShape, values: &[Vec<f32>; 4]) {
 #[test]
 fn a_backward_without_scratch_matches_the_reference() {
     for shape in [shape((2, 150, 4, 2, 24), F16, TokensHeads), shape((1, 290, 1, 1, 16), F16, HeadsTokens)] {
-        check_without_scratch(&shape, &uniform(&shape));
+        check_with_scratch(&shape, &uniform(&shape), &[0]);
+    }
+}
+
+/// d_scores of some heads or some queries at a time, and several workgroups for dq of a block.
+#[test]
+fn a_backward_in_chunks_matches_the_reference() -> Result<()> {
+    for (shape, budgets) in [
+        (shape((2, 1290, 2, 1, 16), F16, TokensHeads), vec![3_000_000, 1 << 24]),
+        (shape((1, 768, 64, 64, 16), F16, HeadsTokens), vec![24_000_000, 1 << 26]),
+        (shape((1, 4400, 1, 1, 16), F16, HeadsTokens), vec![1 << 23, 3 << 22, 1 << 26]),
+    ] {
+        let values = uniform(&shape);
+        let case = |recording: &mut Recording| build(recording, &shape, &values, true);
+        for device in devices().iter().filter(|device| device.tier.matrix().is_some()) {
+            let mut counts = Vec::new();
+            for &scratch_bytes in &budgets {
+                let caps = Caps { scratch_bytes, ..device.gpu.caps().clone() };
+                let mut recording = Recording::new(&caps);
+                case(&mut recording)?;
+                counts.push(dispatches(&recording));
+                let expected = run(Some((device, &caps)), &case)?;
+                let caps = Caps { work_per_dispatch: 1 << 22, ..caps };
+                for (expected, got) in expected.iter().zip(run(Some((device, &caps)), &case)?) {
+                    let on = format!("{shape:?} on {}, {}", device.adapter, device.tier);
+                    assert!(same_bits(expected, &got), "{on}, in {scratch_bytes} bytes");
+                }
+            }
+            assert!(counts.is_sorted_by(|more, fewer| more > fewer), "{counts:?} dispatches");
+        }
+        check_with_scratch(&shape, &values, &budgets);
+    }
+    Ok(())
+}
+
+/// The same with NaN and infinities, before and after chunks begin.
+#[test]
+fn non_finite_inputs_pass_from_chunk_to_chunk() {
+    let shape = shape((1, 1290, 2, 1, 16), F16, TokensHeads);
+    for (tensor, value) in [(0, f32::NAN), (1, f32::NAN), (2, f32::INFINITY), (3, f32::NEG_INFINITY)] {
+        let mut values = uniform(&shape);
+        let heads = [2, 1, 1, 2][tensor];
+        for t in [45, 1000, 1029] {
+            values[tensor][row(&shape, heads, (0, heads - 1, t)) + 5] = value;
+        }
+        check_with_scratch(&shape, &values, &[3_000_000]);
     }
 }
 

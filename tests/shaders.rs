@@ -11,6 +11,7 @@ use std::sync::Arc;
 use lighthouse_attention::gpu::{Kernel, SHADERS};
 use lighthouse_attention::model::{Model, ModelConfig};
 use lighthouse_attention::nn::adamw::AdamW;
+use lighthouse_attention::stage::flash::{self, FlashShape, Layout};
 use lighthouse_attention::{
     Caps, Element, Gpu, GpuExecutor, LighthouseAttention, LighthouseConfig, Recording, Result, Shape, Tier,
 };
@@ -75,6 +76,18 @@ fn layer(caps: &Caps, config: LighthouseConfig, shape: Shape) -> Result<Recordin
     Ok(recording)
 }
 
+/// Attention by itself: its backward goes by heads and tokens.
+fn attention(caps: &Caps, element: Element, heads: usize, tokens: usize) -> Result<Recording> {
+    let layout = Layout::HeadsTokens;
+    let shape = FlashShape { batch: 1, tokens, heads, kv_heads: heads, head_dim: 64, element, layout };
+    let mut recording = Recording::new(caps);
+    let mut external = |name: &str| recording.external(name, element, &shape.q());
+    let (qkv, d_o) = ([external("q")?, external("k")?, external("v")?], external("d_o")?);
+    let forward = flash::record_forward(&mut recording, &shape, qkv, None)?;
+    flash::record_backward(&mut recording, &shape, qkv, &forward, d_o, None)?;
+    Ok(recording)
+}
+
 /// A model: a step, a dense step, an evaluation.
 fn model(caps: &Caps, width: usize, heads: usize, hidden: usize, tokens: usize, element: Element) -> Result<Recording> {
     let config = ModelConfig {
@@ -112,6 +125,8 @@ fn recordings(caps: &Caps, head_dims: &[usize]) -> Result<Vec<Recording>> {
             let config = LighthouseConfig { levels, pooling, top_k: chunk, chunk };
             recordings.push(layer(caps, config, shape(64))?);
         }
+        recordings.push(attention(caps, element, 1, 8320)?);
+        recordings.push(attention(caps, element, 64, 1024)?);
         for (width, heads, hidden, tokens) in [(16, 2, 24, 40), (128, 1, 192, 600), (1280, 5, 24, 16)] {
             recordings.push(model(caps, width, heads, hidden, tokens, element)?);
         }

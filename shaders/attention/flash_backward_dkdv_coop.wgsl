@@ -13,33 +13,19 @@
 //     phase 2    product 2 of tile j - 1, the second half;  weights and d_scores of tile j;  tile j + 1 staged
 //
 // That is why the first half of the columns is staged in turns of two and the second in turns of three. DS_SCRATCH also
-// writes d_scores for flash_backward_dq_from_ds_coop.
+// writes d_scores for flash_backward_dq_from_ds_coop; then a dispatch may have the queries of some blocks only, and dk
+// and dv go on in f32 from one to the next.
 //
 // What the mask excludes must not reach a gradient even as 0 * NaN: tiles that the mask crosses are staged with zero in
 // place of infinity and NaN. The weights of such a query are NaN by its lse, its d_scores by its delta; what dv lacks
 // of d_o then is added in the last step.
 
+#import shared/chunk_params
 #import shared/grid
 
-struct Params {
-    tokens: u32, // S
-    heads: u32,
-    kv_heads: u32,
-    token_stride: u32,
-    head_stride: u32,
-    kv_token_stride: u32,
-    kv_head_stride: u32,
-    scale: f32, // 1 / sqrt(D)
-    first_unit: u32,
-    units: u32,
-    first_batch: u32,
-    first_head: u32, // the units' heads, kv heads here
-    head_count: u32,
-}
-
 @group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
-@group(0) @binding(1) var<storage, read_write> k: array<elem4>;       // the same with KV heads
-@group(0) @binding(2) var<storage, read_write> v: array<elem4>;       // as k
+@group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>;   // the same with KV heads
+@group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>;   // as k
 @group(0) @binding(3) var<storage, read_write> d_o: array<vec4<u32>>; // as q
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;       // [B, H, S]
 @group(0) @binding(5) var<storage, read_write> delta: array<f32>;     // [B, H, S]
@@ -48,6 +34,7 @@ struct Params {
 @group(0) @binding(8) var<uniform> params: Params;
 #for once in 0..DS_SCRATCH
 @group(0) @binding(9) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and block, see ds_block
+@group(0) @binding(10) var<storage, read_write> carried: array<vec4<f32>>; // [head_count, blocks of S, CARRIED]
 #end
 
 const LOG2_E: f32 = 1.4426950408889634;
@@ -65,17 +52,25 @@ const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
 // A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
 const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
 
+// A subgroup's own part of the staged rows, for half of MATRIX rows of k or v at a time.
+const KEPT_ROWS: u32 = MATRIX * FIRST_STRIDE;
+const KEPT_EVEN: bool = KEPT_LOADS * SUBGROUP == MATRIX * FIRST_LOADS;
+
 // Staged rows of q, then of d_o: first halves in two turns, then second halves in three.
 const FIRST: u32 = MATRIX * FIRST_STRIDE;
 const SECOND: u32 = MATRIX * SECOND_STRIDE;
 const SECOND_START: u32 = 4u * FIRST;
-const STAGED: u32 = SECOND_START + 6u * SECOND;
+const STAGED: u32 = max(SECOND_START + 6u * SECOND, 8u * KEPT_ROWS);
 
 // Staging of a tile's rows: STAGE_ROWS at a time, one load for each invocation.
 const LOADS: u32 = VECTORS / LOAD_VECTORS;
 const FIRST_LOADS: u32 = FIRST_MATRICES * MATRIX_VECTORS / LOAD_VECTORS;
 const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
+
+// dv and dk of a block between two dispatches: by subgroup and matrix, and last a vector that is as NON_FINITE.
+const MATRIX_SIZE: u32 = MATRIX * MATRIX_VECTORS;
+const CARRIED: u32 = 16u * DEPTH_MATRICES * MATRIX_SIZE + 1u;
 
 // A subgroup's own part of scores or weights, for reading and writing a matrix.
 const EXCHANGE: u32 = 2u * SCORE_ROWS / 8u;
@@ -102,14 +97,17 @@ fn main(
     }
     // Heads are fastest; the block with most queries comes first.
     let unit = params.first_unit + index;
-    let blocks = (params.tokens + BLOCK_N - 1u) / BLOCK_N;
-    let kv_head = params.first_head + unit % params.head_count;
+    let blocks = params.end_block;
+    let head_index = unit % params.head_count;
+    let kv_head = params.first_head + head_index;
     let block = unit / params.head_count % blocks;
     let first_key = block * BLOCK_N;
+    // The first of the queries that see the block.
+    let first_row = max(block, params.first_block) * BLOCK_N;
     let batch = params.first_batch + unit / (params.head_count * blocks);
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
     let last_token = params.tokens - 1u;
-    let tiles = (params.tokens - first_key + MATRIX - 1u) / MATRIX;
+    let tiles = (min(params.end_block * BLOCK_N, params.tokens) - first_row + MATRIX - 1u) / MATRIX;
     let row_loads = params.token_stride * LOADS;
     let exponent_scale = params.scale * LOG2_E;
     let group_size = params.heads / params.kv_heads;
@@ -140,41 +138,95 @@ fn main(
     let stage_at = stage_row * stage_stride + select(stage_load - FIRST_LOADS, stage_load, in_first) * LOAD_VECTORS;
     let stage_d_o = stage_at + select(SECOND, FIRST, in_first);
 
-    // k or v, through this subgroup's part of the weights. Rows past the last token repeat it and are not written.
+    // The first tile is on its way while k or v are kept.
+    #for s in 0..STAGES
+    var next_at$s = row_load(batch, kv_head * group_size, first_row + stage_row + $su * STAGE_ROWS) + stage_load;
+    var next_q$s = q[next_at$s];
+    var next_d_o$s = d_o[next_at$s];
+    #end
+
+    // k or v, half of MATRIX rows at a time through this subgroup's part of the staged rows. All loads are on their way
+    // before the first is waited for. Rows past the last token repeat it and are not written.
+    var kept_loads: array<vec4<u32>, 4 * KEPT_LOADS>;
     #for r in 0..2
-    var kept$r: array<MatrixB, DEPTH_MATRICES>;
+    var kept$r: array<MatrixB, 2 * FIRST_MATRICES>;
     var sums$r: array<MatrixC, DEPTH_MATRICES>;
-    let kept_token$r = min(first_key + kept_row + $ru * MATRIX + lane_row, last_token);
-    let kept_at$r = (kv_base + kept_token$r * params.kv_token_stride) * VECTORS + lane;
-    #for d in 0..DEPTH_MATRICES
-    if (lane < MATRIX_LANES) {
-        for (var i = 0u; i < MATRIX_CHUNKS; i++) {
-            let at = kept_at$r + $du * MATRIX_VECTORS + i * MATRIX_LANES;
-            if (group == 0u) {
-                weights[exchange_row + i * MATRIX_LANES] = k[at];
-            } else {
-                weights[exchange_row + i * MATRIX_LANES] = v[at];
-            }
+    #for p in 0..2
+    #for n in 0..KEPT_LOADS
+    let kept_at$r_$p_$n =
+        kept_load(kv_base, first_key + kept_row + $ru * MATRIX, $pu, invocation % SUBGROUP + $nu * SUBGROUP);
+    #end
+    #end
+    #end
+    if (group == 0u) {
+        #for r in 0..2
+        #for p in 0..2
+        #for n in 0..KEPT_LOADS
+        kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu] = k[kept_at$r_$p_$n];
+        #end
+        #end
+        #end
+    } else {
+        #for r in 0..2
+        #for p in 0..2
+        #for n in 0..KEPT_LOADS
+        kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu] = v[kept_at$r_$p_$n];
+        #end
+        #end
+        #end
+    }
+    let kept_rows_at = subgroup * KEPT_ROWS;
+    #for r in 0..2
+    #for p in 0..2
+    #for n in 0..KEPT_LOADS
+    {
+        let i = invocation % SUBGROUP + $nu * SUBGROUP;
+        let at = kept_rows_at + i / FIRST_LOADS * FIRST_STRIDE + i % FIRST_LOADS * LOAD_VECTORS;
+        if (KEPT_EVEN || i < MATRIX * FIRST_LOADS) {
+            #for h in 0..LOAD_VECTORS
+            staged[at + $hu] = vector_of_load(kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu], $hu);
+            #end
         }
     }
+    #end
     subgroupBarrier();
-    kept$r[$d] = coopLoad<MatrixB>(&weights[exchange_at], EXCHANGE_STRIDE);
+    #for d in 0..FIRST_MATRICES
+    kept$r[$p * FIRST_MATRICES + $d] = coopLoad<MatrixB>(&staged[kept_rows_at + $du * MATRIX_VECTORS], FIRST_STRIDE);
+    #end
     subgroupBarrier();
     #end
+    #end
+    workgroupBarrier();
+    var non_finite_before = vec4<f32>(0.0);
+    #for once in 0..DS_SCRATCH
+    let carried_block = head_index * ((params.tokens + BLOCK_N - 1u) / BLOCK_N) + block;
+    let carried_at = carried_block * CARRIED + subgroup * 2u * DEPTH_MATRICES * MATRIX_SIZE;
+    let carried_flag = carried_block * CARRIED + CARRIED - 1u;
+    if (block < params.first_block) {
+        #for r in 0..2
+        #for d in 0..DEPTH_MATRICES
+        sums$r[$d] = coopLoadT<MatrixC>(
+            &carried[carried_at + ($ru * DEPTH_MATRICES + $du) * MATRIX_SIZE],
+            MATRIX_VECTORS,
+        );
+        #end
+        #end
+        non_finite_before = carried[carried_flag];
+    }
     #end
     // Before the first tile all is zero.
     for (var i = invocation; i < STAGED; i += WORKGROUP) {
         staged[i] = elem4();
     }
     if (invocation == 0u) {
-        scores[NON_FINITE] = vec4<f32>(0.0);
+        scores[NON_FINITE] = non_finite_before;
     }
 
     for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
         let base = batch * params.tokens * params.heads + head * params.head_stride;
         let lse_base = (batch * params.heads + head) * params.tokens;
         #for once in 0..DS_SCRATCH
-        let ds_at = ds_block(head - params.first_head * group_size, block, blocks) + invocation;
+        let ds_at = ds_block(head - params.first_head * group_size, block) + invocation;
         #end
         workgroupBarrier();
         for (var i = invocation; i < 2u * SCORE_ROWS; i += WORKGROUP) {
@@ -186,12 +238,13 @@ fn main(
         // Loads advance by a tile and stay at the last token.
         let last_load = base * LOADS + last_token * row_loads + stage_load;
         #for s in 0..STAGES
-        var next_at$s =
-            min(base * LOADS + (first_key + stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
-        var next_q$s = finite_load(q[next_at$s]);
-        var next_d_o$s = finite_load(d_o[next_at$s]);
-        if (any(next_d_o$s != d_o[next_at$s])) {
-            scores[NON_FINITE] = vec4<f32>(1.0);
+        if (first_row == first_key) {
+            next_q$s = finite_load(next_q$s);
+            let d_o$s = finite_load(next_d_o$s);
+            if (any(d_o$s != next_d_o$s)) {
+                scores[NON_FINITE] = vec4<f32>(1.0);
+            }
+            next_d_o$s = d_o$s;
         }
         if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
             let at = select(second_now, 0u, in_first) + $su * STAGE_ROWS * stage_stride;
@@ -205,7 +258,7 @@ fn main(
         next_d_o$s = d_o[next_at$s];
         #end
         let last_row = lse_base + last_token;
-        var row_at = min(lse_base + first_key + lane_row, last_row);
+        var row_at = min(lse_base + first_row + lane_row, last_row);
         var row_lse = lse[row_at] * LOG2_E;
         var row_delta = delta[row_at];
         workgroupBarrier();
@@ -215,7 +268,7 @@ fn main(
             #for u in 0..UNROLL
             {
                 let tile = first_tile + $uu;
-                let first_query = first_key + tile * MATRIX;
+                let first_query = first_row + tile * MATRIX;
                 let turn = select(tile % 2u, $uu % 2u, UNROLL % 2u == 0u);
                 let first_now = turn * 2u * FIRST;
                 let first_before = (1u - turn) * 2u * FIRST;
@@ -345,54 +398,80 @@ fn main(
         sums$r[FIRST_MATRICES + $du] = coopMultiplyAdd(weights$r, more_columns$d, sums$r[FIRST_MATRICES + $du]);
         #end
         #end
+
+        let next_head = min(head + 1u, (kv_head + 1u) * group_size - 1u);
+        #for s in 0..STAGES
+        next_at$s = row_load(batch, next_head, first_row + stage_row + $su * STAGE_ROWS) + stage_load;
+        next_q$s = q[next_at$s];
+        next_d_o$s = d_o[next_at$s];
+        #end
     }
 
+    #for once in 0..DS_SCRATCH
+    // Later queries see the block too.
+    if (params.end_block * BLOCK_N < params.tokens) {
+        #for r in 0..2
+        #for d in 0..DEPTH_MATRICES
+        coopStoreT(
+            sums$r[$d],
+            &carried[carried_at + ($ru * DEPTH_MATRICES + $du) * MATRIX_SIZE],
+            MATRIX_VECTORS,
+        );
+        #end
+        #end
+        if (invocation == 0u) {
+            carried[carried_flag] = scores[NON_FINITE];
+        }
+        return;
+    }
+    #end
     let non_finite = scores[NON_FINITE].x != 0.0;
     workgroupBarrier();
+    let scale = select(params.scale, 1.0, group == 0u);
     #for r in 0..2
+    let out_token$r = first_key + kept_row + $ru * MATRIX + lane_row;
+    let out_at$r = (kv_base + out_token$r * params.kv_token_stride) * VECTORS + lane;
     #for d in 0..DEPTH_MATRICES
     subgroupBarrier();
     coopStoreT(sums$r[$d], &scores[exchange_at], EXCHANGE_STRIDE);
     subgroupBarrier();
-    write_gradient(
-        group,
-        vec2<u32>(batch, kv_head),
-        first_key,
-        first_key + kept_row + $ru * MATRIX + lane_row,
-        $du * MATRIX_VECTORS + lane,
-        exchange_row,
-        non_finite,
-    );
-    #end
-    #end
-}
-
-// Writes a lane's vectors of a matrix of dv (group 0) or dk (group 1), from the scores' memory.
-fn write_gradient(
-    group: u32,
-    batch_head: vec2<u32>,
-    first_key: u32,
-    token: u32,
-    column: u32,
-    from_at: u32,
-    non_finite: bool,
-) {
-    if (token >= params.tokens || column % MATRIX_VECTORS >= MATRIX_LANES) {
-        return;
-    }
-    let base = batch_head.x * params.tokens * params.kv_heads + batch_head.y * params.kv_head_stride;
-    let row = base + token * params.kv_token_stride;
-    for (var i = 0u; i < MATRIX_VECTORS; i += MATRIX_LANES) {
-        var sum = scores[from_at + i];
+    if (out_token$r < params.tokens && lane < MATRIX_LANES) {
+        #for i in 0..MATRIX_CHUNKS
+        let gradient$i = pack_elem(scores[exchange_row + $iu * MATRIX_LANES] * scale);
         if (group == 0u) {
-            if (non_finite) {
-                sum += non_finite_d_o(batch_head, token, min(first_key + BLOCK_N, params.tokens), column + i);
-            }
-            dv[row * VECTORS + column + i] = pack_elem(sum);
+            dv[out_at$r + $du * MATRIX_VECTORS + $iu * MATRIX_LANES] = gradient$i;
         } else {
-            dk[row * VECTORS + column + i] = pack_elem(sum * params.scale);
+            dk[out_at$r + $du * MATRIX_VECTORS + $iu * MATRIX_LANES] = gradient$i;
+        }
+        #end
+    }
+    #end
+    #end
+    // What dv lacks.
+    if (non_finite && group == 0u && lane < MATRIX_LANES) {
+        let end = min(first_key + BLOCK_N, params.tokens);
+        let first = first_key + kept_row + lane_row;
+        for (var token = first; token < min(first + 2u * MATRIX, params.tokens); token += MATRIX) {
+            let at = (kv_base + token * params.kv_token_stride) * VECTORS;
+            for (var column = lane; column < VECTORS; column += MATRIX_LANES) {
+                let sum = unpack_elem(dv[at + column]);
+                dv[at + column] = pack_elem(sum + non_finite_d_o(vec2<u32>(batch, kv_head), token, end, column));
+            }
         }
     }
+}
+
+// Where load `i` of a half of MATRIX rows of k or v lies; where the second is shorter it repeats its last.
+fn kept_load(kv_base: u32, first_token: u32, half: u32, i: u32) -> u32 {
+    let token = min(first_token + min(i / FIRST_LOADS, MATRIX - 1u), params.tokens - 1u);
+    let load = min(half * FIRST_LOADS + i % FIRST_LOADS, LOADS - 1u);
+    return (kv_base + token * params.kv_token_stride) * LOADS + load;
+}
+
+// Where a row of q or d_o begins, in loads; past the last token, that of the last.
+fn row_load(batch: u32, head: u32, token: u32) -> u32 {
+    let base = batch * params.tokens * params.heads + head * params.head_stride;
+    return (base + min(token, params.tokens - 1u) * params.token_stride) * LOADS;
 }
 
 // The sum of all that is infinite or NaN in a column of d_o, over queries `first` to before `end` of a kv head's group.

@@ -16,23 +16,8 @@
 // What the mask excludes must not reach dq even as 0 * NaN: keys of tiles that the mask crosses get zero in place of
 // infinity and NaN between the products, and where there were any, the last step adds what dq lacks of them.
 
+#import shared/flash_params
 #import shared/grid
-
-struct Params {
-    tokens: u32, // S
-    heads: u32,
-    kv_heads: u32,
-    token_stride: u32,
-    head_stride: u32,
-    kv_token_stride: u32,
-    kv_head_stride: u32,
-    scale: f32, // 1 / sqrt(D)
-    first_unit: u32,
-    units: u32,
-    first_batch: u32,
-    first_head: u32, // the units' heads
-    head_count: u32,
-}
 
 @group(0) @binding(0) var<storage, read_write> q: array<elem4>;     // [B, S, H, D] or [B, H, S, D]
 @group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>; // the same with KV heads
@@ -91,9 +76,9 @@ fn main(
     // Heads are fastest; the block with most keys comes first.
     let unit = params.first_unit + index;
     let blocks = (params.tokens + BLOCK_M - 1u) / BLOCK_M;
-    let head = params.first_head + unit % params.head_count;
-    let first_query = (blocks - 1u - unit / params.head_count % blocks) * BLOCK_M;
-    let batch = params.first_batch + unit / (params.head_count * blocks);
+    let head = unit % params.heads;
+    let first_query = (blocks - 1u - unit / params.heads % blocks) * BLOCK_M;
+    let batch = unit / (params.heads * blocks);
     let kv_head = head / (params.heads / params.kv_heads);
     let base = batch * params.tokens * params.heads + head * params.head_stride;
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;

@@ -1,35 +1,21 @@
 // Attention's backward for q (spec section 8), dq = ds k / sqrt(D), from the d_scores that flash_backward_dkdv_coop
 // left in memory.
 //
-// A matrix product: one workgroup of four subgroups per (batch, head, block of BLOCK_M queries), each subgroup half of
-// the rows by half of the columns, QUERY_MATRICES matrices of rows; 2 * MATRIX keys a step, two loads of d_scores and
-// one of keys ahead. Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees
+// A matrix product: one workgroup per (batch, head, block of BLOCK_M queries, part of the keys), with two subgroups for
+// each of ROW_PARTS parts of the rows: QUERY_MATRICES matrices of rows by half of the columns each. 2 * MATRIX keys a step,
+// two steps' loads ahead. Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees
 // such a key its d_scores are NaN already or, if its weight is zero, lack only what the last step adds.
 
+#import shared/chunk_params
 #import shared/grid
-
-struct Params {
-    tokens: u32, // S
-    heads: u32,
-    kv_heads: u32,
-    token_stride: u32,
-    head_stride: u32,
-    kv_token_stride: u32,
-    kv_head_stride: u32,
-    scale: f32, // 1 / sqrt(D)
-    first_unit: u32,
-    units: u32,
-    first_batch: u32,
-    first_head: u32, // the units' heads
-    head_count: u32,
-}
 
 @group(0) @binding(0) var<storage, read_write> k: array<vec4<u32>>;  // [B, S, KV, D] or [B, KV, S, D]
 @group(0) @binding(1) var<storage, read_write> ds: array<vec4<u32>>; // by query head and block, see ds_block
 @group(0) @binding(2) var<storage, read_write> dq: array<elem4>;     // as k with H heads
-@group(0) @binding(3) var<uniform> params: Params;
+@group(0) @binding(3) var<storage, read_write> partial: array<vec4<f32>>; // see partial_row
+@group(0) @binding(4) var<uniform> params: Params;
 
-const WORKGROUP: u32 = 4u * SUBGROUP;
+const WORKGROUP: u32 = 2u * ROW_PARTS * SUBGROUP;
 const LANES: u32 = SUBGROUP / MATRIX;
 const STEP: u32 = 2u * MATRIX;
 
@@ -47,10 +33,11 @@ const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && STEP % STAGE_ROWS ==
 
 var<workgroup> d_scores: array<elem4, BLOCK_M * DS_STRIDE>;
 var<workgroup> keys: array<elem4, STEP * KEY_STRIDE>;
-var<workgroup> exchange: array<vec4<f32>, 4u * MATRIX * EXCHANGE_STRIDE>;
+var<workgroup> exchange: array<vec4<f32>, 2u * ROW_PARTS * MATRIX * EXCHANGE_STRIDE>;
 // Whether keys held infinity or NaN.
 var<workgroup> non_finite: vec4<u32>;
 
+#import shared/dq_parts
 #import shared/ds_scratch
 
 @compute @workgroup_size(WORKGROUP)
@@ -65,29 +52,37 @@ fn main(
     }
     // Heads are fastest; the block with most keys comes first.
     let unit = params.first_unit + index;
-    let query_blocks = (params.tokens + BLOCK_M - 1u) / BLOCK_M;
-    let key_blocks = (params.tokens + BLOCK_N - 1u) / BLOCK_N;
+    let first_row = params.first_block * BLOCK_N;
+    let query_blocks = (min(params.end_block * BLOCK_N, params.tokens) - first_row + BLOCK_M - 1u) / BLOCK_M;
     let head_index = unit % params.head_count;
     let head = params.first_head + head_index;
-    let first_query = (query_blocks - 1u - unit / params.head_count % query_blocks) * BLOCK_M;
-    let batch = params.first_batch + unit / (params.head_count * query_blocks);
+    let part = unit / params.head_count % params.parts;
+    let rank = unit / (params.head_count * params.parts);
+    let block = params.first_block * BLOCK_N / BLOCK_M + query_blocks - 1u - rank;
+    let first_query = block * BLOCK_M;
+    // The steps of the block's part of the keys; each block of keys makes an even number.
+    let first_step = part_start(block, part) * (BLOCK_M / STEP);
+    let end_step = part_start(block, part + 1u) * (BLOCK_M / STEP);
+    if (first_step == end_step) {
+        return;
+    }
+    let batch = params.first_batch;
     let kv_head = head / (params.heads / params.kv_heads);
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
     let last_token = params.tokens - 1u;
-    let steps = (first_query + BLOCK_M) / STEP;
 
     let subgroup = invocation / SUBGROUP;
-    let rows_half = subgroup / 2u;
+    let row_part = subgroup / 2u;
     let columns_half = subgroup % 2u;
     let lane_row = invocation % SUBGROUP / LANES;
     let lane = invocation % LANES;
-    let d_scores_at = rows_half * QUERY_MATRICES * MATRIX * DS_STRIDE;
+    let d_scores_at = row_part * QUERY_MATRICES * MATRIX * DS_STRIDE;
     let keys_at = columns_half * COLUMN_MATRICES * MATRIX_VECTORS;
     let exchange_at = subgroup * MATRIX * EXCHANGE_STRIDE;
 
-    // A pass of the workgroup over d_scores takes two tiles of queries by the two matrices of the step's keys.
-    let ds_lane = rows_half * DS_TILE + columns_half * SUBGROUP + invocation % SUBGROUP;
-    let stage_ds = (rows_half * MATRIX + lane_row) * DS_STRIDE + columns_half * MATRIX_VECTORS + lane;
+    // A pass of the workgroup over d_scores takes ROW_PARTS tiles of queries by the two matrices of the step's keys.
+    let ds_lane = row_part * DS_TILE + columns_half * SUBGROUP + invocation % SUBGROUP;
+    let stage_ds = (row_part * MATRIX + lane_row) * DS_STRIDE + columns_half * MATRIX_VECTORS + lane;
     let stage_row = select(STEP, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
     let stage_load = invocation % LOADS;
     let stage_key = stage_row * KEY_STRIDE + stage_load * LOAD_VECTORS;
@@ -101,47 +96,49 @@ fn main(
     #end
     // d_scores of odd (0) and of even (1) steps and keys, on their way.
     {
-        let at = ds_step(head_index, 0u, first_query, key_blocks) + ds_lane;
+        let at = ds_step(head_index, first_step, first_query) + ds_lane;
         #for r in 0..QUERY_MATRICES
-        let now$r = ds[at + 2u * $ru * DS_TILE];
-        d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE] = vector_of_load(now$r, 0u);
-        d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(now$r, 1u);
+        let now$r = ds[at + ROW_PARTS * $ru * DS_TILE];
+        d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE] = vector_of_load(now$r, 0u);
+        d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(now$r, 1u);
         #end
     }
     #for u in 0..2
-    let ds_at$u = ds_step(head_index, min($uu + 1u, steps - 1u), first_query, key_blocks) + ds_lane;
+    let ds_at$u = ds_step(head_index, min(first_step + $uu + 1u, end_step - 1u), first_query) + ds_lane;
     #for r in 0..QUERY_MATRICES
-    var next_ds$u_$r = ds[ds_at$u + 2u * $ru * DS_TILE];
+    var next_ds$u_$r = ds[ds_at$u + ROW_PARTS * $ru * DS_TILE];
     #end
     #end
     // Loads advance by a step and stay at the last token.
     let row_loads = params.kv_token_stride * LOADS;
     let last_load = kv_base * LOADS + last_token * row_loads + stage_load;
     #for s in 0..STAGES
-    var key_at$s = min(kv_base * LOADS + (stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
-    var next_key$s = k[key_at$s];
-    if (first_query == 0u) {
-        let finite = finite_load(next_key$s);
-        if (any(finite != next_key$s)) {
+    var key_at$s =
+        min(kv_base * LOADS + (first_step * STEP + stage_row + $su * STAGE_ROWS) * row_loads + stage_load, last_load);
+    var key$s = k[key_at$s];
+    if ((first_step + 1u) * STEP > first_query) {
+        let finite = finite_load(key$s);
+        if (any(finite != key$s)) {
             non_finite[0] = 1u;
         }
-        next_key$s = finite;
+        key$s = finite;
     }
     if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < STEP) {
         #for h in 0..LOAD_VECTORS
-        keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+        keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(key$s, $hu);
         #end
     }
+    #for u in 0..2
     key_at$s = min(key_at$s + STEP * row_loads, last_load);
-    next_key$s = k[key_at$s];
+    var next_key$u_$s = k[key_at$s];
+    #end
     #end
     workgroupBarrier();
 
-    // A block of queries makes an even number of steps.
-    for (var first_step = 0u; first_step < steps; first_step += 2u) {
+    for (var body_step = first_step; body_step < end_step; body_step += 2u) {
         #for u in 0..2
         {
-            let step = first_step + $uu;
+            let step = body_step + $uu;
             #for d in 0..2
             #for r in 0..QUERY_MATRICES
             let ds$r_$d = coopLoadT<MatrixA>(
@@ -162,34 +159,34 @@ fn main(
             workgroupBarrier();
 
             #for r in 0..QUERY_MATRICES
-            d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE] = vector_of_load(next_ds$u_$r, 0u);
-            d_scores[stage_ds + 2u * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(next_ds$u_$r, 1u);
+            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE] = vector_of_load(next_ds$u_$r, 0u);
+            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(next_ds$u_$r, 1u);
             #end
-            if ((step + 2u) * STEP > first_query) {
+            if ((step + 2u) * STEP > first_query && step + 1u < end_step) {
                 #for s in 0..STAGES
                 {
-                    let finite = finite_load(next_key$s);
-                    if (any(finite != next_key$s)) {
+                    let finite = finite_load(next_key$u_$s);
+                    if (any(finite != next_key$u_$s)) {
                         non_finite[0] = 1u;
                     }
-                    next_key$s = finite;
+                    next_key$u_$s = finite;
                 }
                 #end
             }
             #for s in 0..STAGES
             if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < STEP) {
                 #for h in 0..LOAD_VECTORS
-                keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+                keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$u_$s, $hu);
                 #end
             }
             #end
-            let ds_at = ds_step(head_index, min(step + 3u, steps - 1u), first_query, key_blocks) + ds_lane;
+            let ds_at = ds_step(head_index, min(step + 3u, end_step - 1u), first_query) + ds_lane;
             #for r in 0..QUERY_MATRICES
-            next_ds$u_$r = ds[ds_at + 2u * $ru * DS_TILE];
+            next_ds$u_$r = ds[ds_at + ROW_PARTS * $ru * DS_TILE];
             #end
             #for s in 0..STAGES
             key_at$s = min(key_at$s + STEP * row_loads, last_load);
-            next_key$s = k[key_at$s];
+            next_key$u_$s = k[key_at$s];
             #end
             workgroupBarrier();
         }
@@ -202,7 +199,7 @@ fn main(
         subgroupBarrier();
         coopStoreT(sums$r[$c], &exchange[exchange_at], EXCHANGE_STRIDE);
         subgroupBarrier();
-        let query = first_query + (rows_half * QUERY_MATRICES + $ru) * MATRIX + lane_row;
+        let query = first_query + (row_part * QUERY_MATRICES + $ru) * MATRIX + lane_row;
         let column = keys_at + $cu * MATRIX_VECTORS + lane;
         if (query < params.tokens) {
             for (var i = 0u; i < MATRIX_VECTORS; i += LANES) {
@@ -211,9 +208,13 @@ fn main(
                     if (non_finite[0] != 0u) {
                         sum += non_finite_keys(kv_base, first_query, query, column + i);
                     }
-                    let row =
-                        batch * params.tokens * params.heads + head * params.head_stride + query * params.token_stride;
-                    dq[row * VECTORS + column + i] = pack_elem(sum * params.scale);
+                    if (params.parts == 1u) {
+                        let base = batch * params.tokens * params.heads + head * params.head_stride;
+                        dq[(base + query * params.token_stride) * VECTORS + column + i] = pack_elem(sum * params.scale);
+                    } else {
+                        let row = query - params.first_block * BLOCK_N;
+                        partial[partial_row(part, head_index, row) + column + i] = sum;
+                    }
                 }
             }
         }
@@ -223,10 +224,10 @@ fn main(
 }
 
 // Where a step's d_scores begin, at the block's first tile of queries.
-fn ds_step(head: u32, step: u32, first_query: u32, key_blocks: u32) -> u32 {
+fn ds_step(head: u32, step: u32, first_query: u32) -> u32 {
     let block = step * STEP / BLOCK_N;
-    let tile = (first_query - block * BLOCK_N) / MATRIX;
-    return ds_block(head, block, key_blocks) + tile * DS_TILE + step * STEP % BLOCK_N / MATRIX * SUBGROUP;
+    let tile = (first_query - max(block, params.first_block) * BLOCK_N) / MATRIX;
+    return ds_block(head, block) + tile * DS_TILE + step * STEP % BLOCK_N / MATRIX * SUBGROUP;
 }
 
 // The sum of all that is infinite or NaN in a column of keys `first` to `last`.

@@ -1,10 +1,15 @@
 // d_scores between flash_backward_dkdv_coop, which makes them, and flash_backward_dq_from_ds_coop: for each query head
-// of a dispatch, each block of keys, each tile of MATRIX queries from the block's diagonal on, each subgroup and each
-// lane of the maker two vectors of four. That order costs neither of them anything, and 16 bytes go at a time.
+// of a dispatch, each block of keys, each tile of MATRIX queries that sees it, each subgroup and each lane of the maker
+// two vectors of four. That order costs neither of them anything, and 16 bytes go at a time. The queries are those of
+// blocks `first_block` to before `end_block`.
 
-// Where a block of a head begins. All blocks of a head take half of its square.
-fn ds_block(head: u32, block: u32, blocks: u32) -> u32 {
-    let before = head * (blocks * (blocks + 1u) / 2u) + block * blocks - block * (block - 1u) / 2u;
+// Where a block of a head begins. Blocks of keys before the first query have all queries, of the others each one block
+// of queries less than the one before it.
+fn ds_block(head: u32, block: u32) -> u32 {
+    let length = params.end_block - params.first_block;
+    let later = max(block, params.first_block) - params.first_block;
+    let of_head = params.first_block * length + length * (length + 1u) / 2u;
+    let before = head * of_head + block * length - later * (later - 1u) / 2u;
     return before * (BLOCK_N / MATRIX) * DS_TILE;
 }
 

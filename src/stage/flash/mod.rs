@@ -29,7 +29,7 @@ params!(TileParams {
     units: u32,
 });
 
-params!(HeadsParams {
+params!(ChunkParams {
     tokens: u32,
     heads: u32,
     kv_heads: u32,
@@ -43,12 +43,16 @@ params!(HeadsParams {
     first_batch: u32,
     first_head: u32,
     head_count: u32,
+    first_block: u32,
+    end_block: u32,
+    parts: u32,
 });
 
 impl TileParams {
-    /// The same for the backwards with cooperative matrices, whose units may be of some heads only.
-    fn of_heads(self, first_batch: usize, heads: &Range<usize>) -> HeadsParams {
-        HeadsParams {
+    /// The same for the kernels with d_scores in scratch memory, whose units may be of some heads and, by blocks, of some
+    /// queries only.
+    fn of_chunk(self, first_batch: usize, heads: &Range<usize>, chunk: &coop::Chunk) -> ChunkParams {
+        ChunkParams {
             tokens: self.tokens,
             heads: self.heads,
             kv_heads: self.kv_heads,
@@ -62,6 +66,9 @@ impl TileParams {
             first_batch: first_batch as u32,
             first_head: heads.start as u32,
             head_count: heads.len() as u32,
+            first_block: chunk.blocks.start as u32,
+            end_block: chunk.blocks.end as u32,
+            parts: chunk.dq_parts as u32,
         }
     }
 }
@@ -148,10 +155,17 @@ impl FlashShape {
         }
     }
 
-    /// Pairs of a query and a key that it may attend to, for queries (or, from the end, keys) `first` to `first + rows`.
-    fn pairs(&self, first: usize, rows: usize) -> u64 {
-        let (first, end) = (first as u64, (first + rows).min(self.tokens) as u64);
-        (end * (end + 1) - first * (first + 1)) / 2
+    /// Pairs of a query and a key that it may attend to; what lies past the last token counts for nothing.
+    fn pairs(&self, queries: Range<usize>, keys: Range<usize>) -> u64 {
+        let end = |token: usize| token.min(self.tokens) as u64;
+        let (first, keys) = (end(keys.start), end(keys.end) - end(keys.start));
+        // Of the queries before one.
+        let before = |query: u64| {
+            let seen = query.saturating_sub(first);
+            let of_diagonal = seen.min(keys);
+            of_diagonal * (of_diagonal + 1) / 2 + (seen - of_diagonal) * keys
+        };
+        before(end(queries.end)) - before(end(queries.start))
     }
 
     /// 1 / sqrt(D).
@@ -208,39 +222,40 @@ impl FlashShape {
     /// Operations of a product of a block of queries, blocks counted from the last, with all keys that they see.
     fn query_work(&self, tile: &Tile, block: usize) -> u64 {
         let blocks = self.tokens.div_ceil(tile.block_m);
-        2 * self.head_dim as u64 * self.pairs((blocks - 1 - block) * tile.block_m, tile.block_m)
+        self.product_work(tile, blocks - 1 - block)
     }
 
-    /// Operations of the four products that a block of keys takes part in for dk and dv.
-    fn dkdv_work(&self, tile: &Tile, block: usize) -> u64 {
+    /// Operations of a product of a block of queries with all keys that they see.
+    fn product_work(&self, tile: &Tile, block: usize) -> u64 {
+        let queries = block * tile.block_m..(block + 1) * tile.block_m;
+        2 * self.head_dim as u64 * self.pairs(queries, 0..self.tokens)
+    }
+
+    /// Operations of the four products of a block of keys with these queries, for dk and dv.
+    fn dkdv_work(&self, tile: &Tile, block: usize, queries: Range<usize>) -> u64 {
         let group = (self.heads / self.kv_heads) as u64;
-        // As many pairs as for the queries that lie as far from the other end.
-        let after = self.tokens.saturating_sub((block + 1) * tile.block_n);
-        8 * self.head_dim as u64 * group * self.pairs(after, self.tokens - block * tile.block_n - after)
+        let keys = block * tile.block_n..(block + 1) * tile.block_n;
+        8 * self.head_dim as u64 * group * self.pairs(queries, keys)
     }
 
-    /// The dispatches of a kernel of the backward.
-    fn backward_dispatches(
-        &self,
-        caps: &Caps,
-        tile: &Tile,
-        command: Command,
-        (blocks, heads): (usize, usize),
-        work: impl Fn(usize) -> u64,
-    ) -> Result<Command> {
+    /// The dispatches of the backward for k and v by itself.
+    fn dkdv_dispatches(&self, caps: &Caps, tile: &Tile, command: Command) -> Result<Command> {
         let kernel = self.kernel(caps, tile);
-        let parts = |batch| self.parts(caps, self.scale(), (batch, blocks, heads), &work);
+        let blocks = self.tokens.div_ceil(tile.block_n);
+        let work = |block| self.dkdv_work(tile, block, 0..self.tokens);
+        let parts = |batch| self.parts(caps, self.scale(), (batch, blocks, self.kv_heads), work);
         if tile.matrix.is_none() {
             return command.dispatch_parts(caps, self.batch, kernel, parts);
         }
+        let chunk = coop::Chunk { blocks: 0..blocks, dq_parts: 1 };
         command.dispatch_parts(caps, self.batch, kernel, |batch| {
-            let parts = parts(batch)?.into_iter();
-            Ok(parts.map(|(params, grid, work)| (params.of_heads(0, &(0..heads)), grid, work)).collect())
+            let of_chunk = |params: TileParams| params.of_chunk(0, &(0..self.kv_heads), &chunk);
+            Ok(parts(batch)?.into_iter().map(|(params, grid, work)| (of_chunk(params), grid, work)).collect())
         })
     }
 
-    /// The dispatches of the backward that keeps d_scores in scratch memory: some heads of a batch entry at a time, dk
-    /// and dv and then dq.
+    /// The dispatches of the backward that keeps d_scores in scratch memory: for some heads of a batch entry and some
+    /// queries at a time dk and dv, then dq.
     fn scratch_dispatches(
         &self,
         caps: &Caps,
@@ -248,21 +263,35 @@ impl FlashShape {
         mut command: Command,
     ) -> Result<Command> {
         let group = self.heads / self.kv_heads;
+        let [dkdv, dq, dq_sum] = [&plan.dkdv, &plan.dq, &plan.dq_sum].map(|tile| self.kernel(caps, tile));
+        let add = |mut command: Command,
+                   kernel: &Kernel,
+                   (batch, heads, chunk): (usize, &Range<usize>, &coop::Chunk),
+                   blocks: usize,
+                   work: &dyn Fn(usize) -> u64| {
+            for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads.len()), work)? {
+                command = command.dispatch(kernel.clone(), params.of_chunk(batch, heads, chunk), grid, work);
+            }
+            Result::Ok(command)
+        };
         for batch in 0..self.batch {
             for first in (0..self.kv_heads).step_by(plan.kv_heads) {
                 let kv_heads = first..(first + plan.kv_heads).min(self.kv_heads);
                 let heads = kv_heads.start * group..kv_heads.end * group;
-                let blocks = self.tokens.div_ceil(plan.dkdv.block_n);
-                let kernel = self.kernel(caps, &plan.dkdv);
-                let work = |block| self.dkdv_work(&plan.dkdv, block);
-                for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, kv_heads.len()), work)? {
-                    command = command.dispatch(kernel.clone(), params.of_heads(batch, &kv_heads), grid, work);
-                }
-                let blocks = self.tokens.div_ceil(plan.dq.block_m);
-                let kernel = self.kernel(caps, &plan.dq);
-                let work = |block| self.query_work(&plan.dq, block);
-                for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads.len()), work)? {
-                    command = command.dispatch(kernel.clone(), params.of_heads(batch, &heads), grid, work);
+                for chunk in &plan.chunks {
+                    let queries = chunk.queries(plan.dkdv.block_n, self.tokens);
+                    let work = |block| self.dkdv_work(&plan.dkdv, block, queries.clone());
+                    command = add(command, &dkdv, (batch, &kv_heads, chunk), chunk.blocks.end, &work)?;
+
+                    let (parts, end) = (chunk.dq_parts, queries.end.div_ceil(plan.dq.block_m));
+                    let work = |unit| self.product_work(&plan.dq, end - 1 - unit / parts).div_ceil(parts as u64);
+                    let blocks = end - queries.start / plan.dq.block_m;
+                    command = add(command, &dq, (batch, &heads, chunk), blocks * parts, &work)?;
+                    if parts > 1 {
+                        let work = |_| (coop::SUM_ROWS * self.head_dim * parts) as u64;
+                        let blocks = queries.len().div_ceil(coop::SUM_ROWS);
+                        command = add(command, &dq_sum, (batch, &heads, chunk), blocks, &work)?;
+                    }
                 }
             }
         }
@@ -369,9 +398,13 @@ pub fn record_backward(
             .reads("delta", delta)
     };
     if let Some(plan) = coop::backward_with_scratch(&caps, shape) {
-        let ds = recording.scratch("ds", Element::F16, &[plan.scratch_len])?;
+        let ds = recording.scratch("ds", Element::F16, &[plan.ds_len])?;
+        let carried = recording.scratch("carried", Element::F32, &[plan.carried_len])?;
+        let partial = recording.scratch("partial", Element::F32, &[plan.partial_len])?;
         let command = reads(Command::new("flash_backward", reference::BackwardReference(*shape)))
             .writes("ds", ds)
+            .writes("carried", carried)
+            .writes("partial", partial)
             .writes("dq", gradients.dq)
             .writes("dk", gradients.dk)
             .writes("dv", gradients.dv);
@@ -382,14 +415,15 @@ pub fn record_backward(
     let command = reads(Command::new("flash_backward_dkdv", reference::DkdvReference(*shape)))
         .writes("dk", gradients.dk)
         .writes("dv", gradients.dv);
-    let blocks = shape.tokens.div_ceil(plan.dkdv.block_n);
-    let work = |block| shape.dkdv_work(&plan.dkdv, block);
-    recording.push(shape.backward_dispatches(&caps, &plan.dkdv, command, (blocks, shape.kv_heads), work)?)?;
+    recording.push(shape.dkdv_dispatches(&caps, &plan.dkdv, command)?)?;
 
     let command = reads(Command::new("flash_backward_dq", reference::DqReference(*shape))).writes("dq", gradients.dq);
     let blocks = shape.tokens.div_ceil(plan.dq.block_m);
-    let work = |block| 3 * shape.query_work(&plan.dq, block);
-    recording.push(shape.backward_dispatches(&caps, &plan.dq, command, (blocks, shape.heads), work)?)?;
+    let kernel = shape.kernel(&caps, &plan.dq);
+    recording.push(command.dispatch_parts(&caps, shape.batch, kernel, |batch| {
+        let work = |block| 3 * shape.query_work(&plan.dq, block);
+        shape.parts(&caps, shape.scale(), (batch, blocks, shape.heads), work)
+    })?)?;
     Ok(gradients)
 }
 
@@ -432,7 +466,7 @@ mod tests {
         let coop = |tier: Tier, size, subgroup| {
             let limits = wgpu::Limits {
                 max_compute_workgroup_storage_size: 48 << 10,
-                max_storage_buffers_per_shader_stage: 9,
+                max_storage_buffers_per_shader_stage: 10,
                 ..wgpu::Limits::default()
             };
             let matrices = [Element::F16, Element::F32].map(|factors| MatrixKind { size, factors }).to_vec();
@@ -450,7 +484,9 @@ mod tests {
                 let layout = Layout::HeadsTokens;
                 let shape = FlashShape { batch: 1, tokens: 1, heads: 1, kv_heads: 1, head_dim, element, layout };
                 let plan = plan(caps, head_dim, element)?;
-                let with_scratch = coop::backward_with_scratch(caps, &shape).map(|plan| [plan.dkdv, plan.dq]);
+                let products = [2, 4].map(|row_parts| coop::dq_from_ds(caps, head_dim, element, row_parts));
+                let with_scratch = coop::backward_with_scratch(caps, &shape)
+                    .map(|plan| [plan.dkdv, plan.dq_sum].into_iter().chain(products.into_iter().flatten()));
                 for tile in [plan.forward, plan.dkdv, plan.dq].into_iter().chain(with_scratch.into_iter().flatten()) {
                     let case = format!("{}, {}, head_dim {head_dim}, {element}", tile.shader, caps.tier);
                     let reflection = reflect(tile.shader, &parse(tile.shader, &shape.kernel(caps, &tile).compose()?)?)?;
