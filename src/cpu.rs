@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::error::{Error, Result};
 use crate::profile::Profile;
 use crate::real::Real;
-use crate::recording::{Access, Arg, Executor, Recording};
+use crate::recording::{Access, Arg, Executor, Recording, part};
 use crate::tensor::{Element, Tensor};
 
 /// A stage's formula, written once for f32 and f64.
@@ -248,7 +248,7 @@ impl<T: Instance> Executor for CpuExecutor<T> {
     fn profile(&mut self, range: Range<usize>) -> Result<Profile> {
         let single = T::epsilon() > T::from_f64(1e-10);
         let mut profile = Profile::default();
-        for command in self.recording.commands().get(range).unwrap_or_default() {
+        for command in part(self.recording.commands(), range)? {
             let begin = Instant::now();
             let args = Args { args: &command.args, recording: &self.recording, memory: &self.memory };
             T::run(&*command.reference, &args)?;

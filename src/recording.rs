@@ -370,6 +370,14 @@ impl Recording {
     }
 }
 
+/// The part of a list of what belongs to each command that `range` names.
+pub(crate) fn part<T>(of_commands: &[T], range: Range<usize>) -> Result<&[T]> {
+    of_commands.get(range.clone()).ok_or_else(|| {
+        let allowed = format!("in order and within the recording's commands, 0..{}", of_commands.len());
+        Error::parameter("range", format!("{range:?}"), allowed)
+    })
+}
+
 /// Elements of a shape; `None` past u64.
 fn elements(shape: &[usize]) -> Option<u64> {
     shape.iter().try_fold(1u64, |len, &axis| len.checked_mul(axis as u64))
@@ -396,12 +404,16 @@ pub trait Executor {
     fn read_u32(&mut self, tensor: Tensor) -> Result<Vec<u32>>;
 
     /// Runs the commands of `range`; a GPU executor submits them and returns.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a range that is reversed or ends past the recording, of which nothing is run;
+    /// [`Error::Gpu`] for what the device reports.
     fn run_range(&mut self, range: Range<usize>) -> Result<()>;
 
     /// Runs `range` and measures each command: on a GPU with timestamp queries, each in a pass of its own.
     ///
     /// # Errors
-    /// [`Error::Gpu`] if the adapter has no timestamp queries.
+    /// As [`run_range`](Self::run_range), and [`Error::Gpu`] if the adapter has no timestamp queries.
     fn profile(&mut self, range: Range<usize>) -> Result<Profile>;
 
     /// Runs the whole recording.

@@ -68,6 +68,7 @@ part 'tests, cpu' tests_on cpu
 conformance() {
   part "conformance, $1" tests/stacks.sh run "$1" "$examples/conformance"
   part "golden vectors, $1" tests/stacks.sh run "$1" "$examples/conformance" --golden tests/golden
+  part "golden vectors, peer, $1" tests/stacks.sh run "$1" "$examples/conformance" --golden tests/golden/peer
 }
 training() {
   part "attention, $1" tests/stacks.sh run "$1" "$examples/attention"

@@ -257,6 +257,33 @@ fn misuse_of_executors() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn ranges_that_a_recording_does_not_have() -> Result<()> {
+    let gpu = noop::least();
+    let (recording, ..) = record(gpu.caps(), CONFIG, SHAPE)?;
+    let recording = Arc::new(recording);
+    let len = recording.len();
+    let mut on_gpu = GpuExecutor::new(&gpu, recording.clone(), &[])?;
+    let mut on_cpu = CpuExecutor::<f32>::new(recording);
+    let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    let allowed = format!("in order and within the recording's commands, 0..{len}");
+    for (start, end) in [(0, len + 1), (len, len + 1), (len + 1, len + 1), (2, 1), (0, usize::MAX), (usize::MAX, 0)] {
+        let (range, named) = (start..end, format!("range = {start}..{end}"));
+        for executor in [&mut on_gpu as &mut dyn Executor, &mut on_cpu] {
+            assert_error!(executor.run_range(range.clone()), Error::Parameter { .. }, named, allowed);
+            assert_error!(executor.profile(range.clone()), Error::Parameter { .. }, named, allowed);
+        }
+        assert_error!(on_gpu.time(range.clone()), Error::Parameter { .. }, named, allowed);
+        assert_error!(on_gpu.encode(&mut encoder, range), Error::Parameter { .. }, named, allowed);
+    }
+    for empty in [0..0, 1..1, len..len] {
+        on_gpu.run_range(empty.clone())?;
+        on_cpu.run_range(empty.clone())?;
+        on_gpu.encode(&mut encoder, empty)?;
+    }
+    Ok(())
+}
+
 #[cfg(feature = "train")]
 mod training {
     use std::path::Path;
@@ -324,9 +351,12 @@ mod training {
 
     #[test]
     fn text_that_is_not_there_or_too_short() {
-        let missing = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-such-text");
+        // A test binary that is run on another machine finds no such folder there.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        std::fs::create_dir_all(folder).expect("created");
+        let missing = folder.join("no-such-text");
         assert_error!(Corpus::read(&missing, 64), Error::Data { .. }, "no-such-text", "No such file");
-        let short = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("short-{}.txt", std::process::id()));
+        let short = folder.join(format!("short-{}.txt", std::process::id()));
         std::fs::write(&short, [b'x'; 129]).expect("written");
         assert_error!(Corpus::read(&short, 64), Error::Data { .. }, "short-", "129 bytes", "at least 130");
         std::fs::write(&short, [b'x'; 130]).expect("written");

@@ -300,8 +300,8 @@ fn a_callers_device_buffers_and_encoder_serve() -> Result<()> {
         }
         let mut encoder = theirs.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let forward_ends = recording.position("scatter")? + 1;
-        gpu.encode(&mut encoder, 0..forward_ends);
-        gpu.encode(&mut encoder, forward_ends..recording.len());
+        gpu.encode(&mut encoder, 0..forward_ends)?;
+        gpu.encode(&mut encoder, forward_ends..recording.len())?;
         theirs.queue().submit([encoder.finish()]);
         whole.run()?;
         assert_eq!(gpu.read(recorded.forward.o)?, whole.read(recorded.forward.o)?);

@@ -14,7 +14,7 @@ use crate::gpu::memory::MemoryPlan;
 use crate::gpu::profile;
 use crate::gpu::shader::BindingKind;
 use crate::profile::Profile;
-use crate::recording::{Access, Command, Dispatch, Executor, Recording};
+use crate::recording::{Access, Command, Dispatch, Executor, Recording, part};
 use crate::tensor::{Element, Role, Tensor};
 
 /// A dispatch, ready to be encoded.
@@ -110,9 +110,17 @@ impl GpuExecutor {
     }
 
     /// Encodes commands into an encoder of the caller's, as one compute pass.
-    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, range: Range<usize>) {
-        let steps: Vec<&Step> = self.steps.get(range).unwrap_or_default().iter().flatten().collect();
-        encode_pass(encoder, &steps, None);
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a range that is reversed or ends past the recording; nothing is encoded then.
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, range: Range<usize>) -> Result<()> {
+        encode_pass(encoder, &self.steps(range)?, None);
+        Ok(())
+    }
+
+    /// The steps of a range of commands.
+    fn steps(&self, range: Range<usize>) -> Result<Vec<&Step>> {
+        Ok(part(&self.steps, range)?.iter().flatten().collect())
     }
 
     /// Runs the part of the recording before `stage` on the CPU executor, moves the tensors over and runs the rest
@@ -151,7 +159,8 @@ impl GpuExecutor {
     /// dispatches included. The pass is one submission: for work within the driver's watchdog.
     ///
     /// # Errors
-    /// [`Error::Gpu`] if the adapter has no timestamp queries.
+    /// [`Error::Parameter`] for a range that is reversed or ends past the recording; [`Error::Gpu`] if the adapter has no
+    /// timestamp queries.
     pub fn time(&mut self, range: Range<usize>) -> Result<f64> {
         profile::time(self, range)
     }
@@ -162,9 +171,9 @@ impl GpuExecutor {
         encoder: &mut wgpu::CommandEncoder,
         span: Range<usize>,
         timestamps: wgpu::ComputePassTimestampWrites<'_>,
-    ) {
-        let steps: Vec<&Step> = self.steps.get(span).unwrap_or_default().iter().flatten().collect();
-        encode_pass(encoder, &steps, Some(timestamps));
+    ) -> Result<()> {
+        encode_pass(encoder, &self.steps(span)?, Some(timestamps));
+        Ok(())
     }
 
     fn upload(&self, tensor: Tensor, len: usize, bytes: &[u8]) -> Result<()> {
@@ -430,7 +439,7 @@ impl Executor for GpuExecutor {
     }
 
     fn run_range(&mut self, range: Range<usize>) -> Result<()> {
-        let steps: Vec<&Step> = self.steps.get(range).unwrap_or_default().iter().flatten().collect();
+        let steps = self.steps(range)?;
         // A submission that runs too long is reset like a dispatch: it takes two of the longest.
         let limit = self.recording.caps().work_per_dispatch.saturating_mul(2);
         let mut rest = steps.as_slice();

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::error::{Error, Result};
 use crate::gpu::executor::GpuExecutor;
 use crate::profile::Profile;
-use crate::recording::Executor;
+use crate::recording::{Executor, part};
 
 /// Queries of one set; WebGPU allows no more.
 const QUERIES: usize = 4096;
@@ -13,9 +13,9 @@ const QUERIES: usize = 4096;
 /// Runs each command of `range` as a pass between two timestamps.
 ///
 /// # Errors
-/// [`Error::Gpu`] if the adapter has no timestamp queries.
+/// [`Error::Parameter`] for a range that the recording does not have; [`Error::Gpu`] if the adapter has no timestamp queries.
 pub(crate) fn profile(executor: &mut GpuExecutor, range: Range<usize>) -> Result<Profile> {
-    require_timestamps(executor)?;
+    require(executor, &range)?;
     let mut profile = Profile::default();
     let commands: Vec<usize> = range.collect();
     for commands in commands.chunks(QUERIES / 2) {
@@ -34,13 +34,14 @@ pub(crate) fn profile(executor: &mut GpuExecutor, range: Range<usize>) -> Result
 /// dispatches included.
 ///
 /// # Errors
-/// [`Error::Gpu`] if the adapter has no timestamp queries.
+/// [`Error::Parameter`] for a range that the recording does not have; [`Error::Gpu`] if the adapter has no timestamp queries.
 pub(crate) fn time(executor: &mut GpuExecutor, range: Range<usize>) -> Result<f64> {
-    require_timestamps(executor)?;
+    require(executor, &range)?;
     Ok(timed_passes(executor, &[range])?.into_iter().sum())
 }
 
-fn require_timestamps(executor: &GpuExecutor) -> Result<()> {
+fn require(executor: &GpuExecutor, range: &Range<usize>) -> Result<()> {
+    part(executor.recording().commands(), range.clone())?;
     if executor.gpu().caps().timestamps {
         return Ok(());
     }
@@ -75,7 +76,7 @@ fn timed_passes(executor: &mut GpuExecutor, spans: &[Range<usize>]) -> Result<Ve
                 beginning_of_pass_write_index: Some(begin),
                 end_of_pass_write_index: Some(begin + 1),
             },
-        );
+        )?;
         queue.submit([encoder.finish()]);
     }
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

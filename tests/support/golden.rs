@@ -1,5 +1,5 @@
 //! Golden vectors (spec section 10): a folder with `cases.toml` and a safetensors file per case. Inputs are made by a
-//! formula, results were computed by the published implementation.
+//! formula, results were computed by the published implementation, or from the spec by `tests/peers/lighthouse.py`.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
