@@ -9,8 +9,8 @@ use lighthouse_attention::nn::adamw::{AdamW, AdamWTensors, BLOCK, Schedule};
 use lighthouse_attention::nn::cross_entropy::{self, CrossEntropyShape};
 use lighthouse_attention::nn::embedding::{self, EmbeddingShape};
 use lighthouse_attention::nn::linear::{self, LinearShape};
+use lighthouse_attention::nn::qkv::{self, QkvShape};
 use lighthouse_attention::nn::rms_norm::{self, RmsNormShape};
-use lighthouse_attention::nn::rope::{self, RopeShape};
 use lighthouse_attention::nn::swiglu::{self, SwigluShape};
 use lighthouse_attention::nn::{adamw, grad_norm};
 use lighthouse_attention::{Caps, CpuExecutor, Element, Error, Executor, Recording, Result, Tensor};
@@ -180,25 +180,31 @@ fn linear_weight_gradient_matches_the_reference() {
 }
 
 #[test]
-fn rope_matches_the_reference() {
-    for (rows, tokens, heads, kv_heads, head_dim) in [(1, 1, 1, 1, 8), (74, 37, 4, 2, 24), (130, 130, 3, 1, 136)] {
+fn qkv_matches_the_reference() {
+    for (rows, tokens, width, heads, kv_heads, head_dim) in
+        [(1, 1, 8, 1, 1, 8), (74, 37, 24, 4, 2, 24), (130, 130, 40, 3, 1, 136), (70, 35, 136, 2, 2, 72)]
+    {
         for element in ELEMENTS {
-            let shape = RopeShape { rows, tokens, heads, kv_heads, head_dim, element };
-            for backward in [false, true] {
-                check(&format!("{shape:?}, backward {backward}"), 2.0, &|recording| {
-                    let mut inputs = Inputs::new(recording, 8);
-                    let angles = rope::angles(tokens, head_dim, rope::THETA);
-                    let angles = inputs.values("angles", Element::F32, &[tokens, head_dim], angles)?;
-                    let q = inputs.float("q", element, &[rows, heads, head_dim])?;
-                    let k = inputs.float("k", element, &[rows, kv_heads, head_dim])?;
-                    if backward {
-                        rope::record_backward(inputs.recording, &shape, angles, q, k)?;
-                    } else {
-                        rope::record_forward(inputs.recording, &shape, angles, q, k)?;
-                    }
-                    inputs.compare(&[q, k])
-                });
-            }
+            let shape = QkvShape { rows, tokens, width, heads, kv_heads, head_dim, element };
+            check(&format!("{shape:?}"), 2.0, &|recording| {
+                let mut inputs = Inputs::new(recording, 8);
+                let angles = qkv::angles(tokens, head_dim, qkv::THETA);
+                let angles = inputs.values("angles", Element::F32, &[tokens, head_dim], angles)?;
+                let x = inputs.float("x", element, &[rows, width])?;
+                let weight = inputs.float("weight", element, &[shape.outputs(), width])?;
+                let qkv = qkv::record_forward(inputs.recording, &shape, angles, x, weight)?;
+                inputs.compare(&qkv)
+            });
+            check(&format!("backward {shape:?}"), 3.0, &|recording| {
+                let mut inputs = Inputs::new(recording, 28);
+                let angles = qkv::angles(tokens, head_dim, qkv::THETA);
+                let angles = inputs.values("angles", Element::F32, &[tokens, head_dim], angles)?;
+                let d_q = inputs.float("d_q", element, &[rows, heads, head_dim])?;
+                let d_k = inputs.float("d_k", element, &[rows, kv_heads, head_dim])?;
+                let d_v = inputs.float("d_v", element, &[rows, kv_heads, head_dim])?;
+                let d_qkv = qkv::record_backward(inputs.recording, &shape, angles, [d_q, d_k, d_v])?;
+                inputs.compare(&[d_qkv])
+            });
         }
     }
 }
@@ -210,23 +216,24 @@ fn large(seed: u64, tensor: u64, shape: &[usize]) -> Vec<f32> {
 
 #[test]
 fn swiglu_matches_the_reference() {
-    for (rows, hidden) in [(1, 8), (37, 24), (130, 136)] {
+    for (rows, width, hidden) in [(1, 8, 8), (37, 40, 24), (130, 24, 136), (70, 136, 264)] {
         for element in ELEMENTS {
-            let shape = SwigluShape { rows, hidden, element };
+            let shape = SwigluShape { rows, width, hidden, element };
             check(&format!("{shape:?}"), 2.0, &|recording| {
                 let mut inputs = Inputs::new(recording, 9);
-                let gate = inputs.values("gate", element, &[rows, hidden], large(9, 0, &[rows, hidden]))?;
-                let up = inputs.float("up", element, &[rows, hidden])?;
-                let y = swiglu::record_forward(inputs.recording, &shape, gate, up)?;
-                inputs.compare(&[y])
+                let x = inputs.values("x", element, &[rows, width], large(9, 0, &[rows, width]))?;
+                let weight = inputs.float("weight", element, &[2 * hidden, width])?;
+                let swiglu = swiglu::record_forward(inputs.recording, &shape, x, weight)?;
+                inputs.compare(&[swiglu.gate_up, swiglu.y])
             });
             check(&format!("backward {shape:?}"), 3.0, &|recording| {
                 let mut inputs = Inputs::new(recording, 10);
-                let gate = inputs.values("gate", element, &[rows, hidden], large(10, 0, &[rows, hidden]))?;
-                let up = inputs.float("up", element, &[rows, hidden])?;
-                let d_y = inputs.float("d_y", element, &[rows, hidden])?;
-                let gradients = swiglu::record_backward(inputs.recording, &shape, gate, up, d_y)?;
-                inputs.compare(&gradients)
+                let gate_up = [rows, 2 * hidden];
+                let gate_up = inputs.values("gate_up", element, &gate_up, large(10, 0, &gate_up))?;
+                let d_z = inputs.float("d_z", element, &[rows, width])?;
+                let weight = inputs.float("weight", element, &[width, hidden])?;
+                let out = swiglu::record_backward(inputs.recording, &shape, gate_up, d_z, weight)?;
+                inputs.compare(&[out.d_gate_up, out.y])
             });
         }
     }
@@ -450,30 +457,50 @@ fn gradients_match_finite_differences() {
         linear::record_backward_weight(inputs.recording, &shape, d_y, x, d_weight)?;
         Ok(Gradients { probe: inputs.probe, forward: 1, y, d_y, pairs: vec![(x, d_x), (weight, d_weight)] })
     });
-    for of_k in [false, true] {
-        gradients_match("rope", &|recording| {
-            let shape = RopeShape { rows: 6, tokens: 3, heads: 2, kv_heads: 1, head_dim: 8, element };
+    for output in 0..3 {
+        gradients_match("qkv", &|recording| {
+            let shape = QkvShape { rows: 6, tokens: 3, width: 16, heads: 2, kv_heads: 1, head_dim: 8, element };
+            let linear = LinearShape { rows: 6, inputs: 16, outputs: shape.outputs(), element };
             let mut inputs = Inputs::new(recording, 19);
-            let angles = inputs.values("angles", element, &[3, 8], rope::angles(3, 8, rope::THETA))?;
-            let q = inputs.float("q", element, &[6, 2, 8])?;
-            let k = inputs.float("k", element, &[6, 1, 8])?;
-            let d_q = inputs.float("d_q", element, &[6, 2, 8])?;
-            let d_k = inputs.float("d_k", element, &[6, 1, 8])?;
-            rope::record_forward(inputs.recording, &shape, angles, q, k)?;
-            rope::record_backward(inputs.recording, &shape, angles, d_q, d_k)?;
-            let (y, d_y) = if of_k { (k, d_k) } else { (q, d_q) };
-            Ok(Gradients { probe: inputs.probe, forward: 1, y, d_y, pairs: vec![(y, d_y)] })
+            let angles = inputs.values("angles", element, &[3, 8], qkv::angles(3, 8, qkv::THETA))?;
+            let x = inputs.float("x", element, &[6, 16])?;
+            let weight = inputs.float("weight", element, &[shape.outputs(), 16])?;
+            let d_weight = inputs.output("d_weight", &[shape.outputs(), 16])?;
+            let mut gradient = |name, heads: usize, number| {
+                let values = data::tensor(29, number, &[6, heads, 8]);
+                let scale = if number == output { 1.0 } else { 0.0 };
+                inputs.values(name, element, &[6, heads, 8], values.into_iter().map(|x| scale * x).collect())
+            };
+            let d_qkv = [gradient("d_q", 2, 0)?, gradient("d_k", 1, 1)?, gradient("d_v", 1, 2)?];
+            let recording = &mut *inputs.recording;
+            let qkv = qkv::record_forward(recording, &shape, angles, x, weight)?;
+            let d_y = qkv::record_backward(recording, &shape, angles, d_qkv)?;
+            linear::record_backward_weight(recording, &linear, d_y, x, d_weight)?;
+            let d_x = linear::record_backward_input(recording, &linear, d_y, weight, None)?;
+            let (y, d_y) = (qkv[output as usize], d_qkv[output as usize]);
+            Ok(Gradients { probe: inputs.probe, forward: 1, y, d_y, pairs: vec![(x, d_x), (weight, d_weight)] })
         });
     }
     gradients_match("swiglu", &|recording| {
-        let shape = SwigluShape { rows: 5, hidden: 8, element };
+        let shape = SwigluShape { rows: 5, width: 16, hidden: 8, element };
+        let gate_up = LinearShape { rows: 5, inputs: 16, outputs: 16, element };
+        let down = LinearShape { rows: 5, inputs: 8, outputs: 16, element };
         let mut inputs = Inputs::new(recording, 20);
-        let gate = inputs.float("gate", element, &[5, 8])?;
-        let up = inputs.float("up", element, &[5, 8])?;
-        let d_y = inputs.float("d_y", element, &[5, 8])?;
-        let y = swiglu::record_forward(inputs.recording, &shape, gate, up)?;
-        let [d_gate, d_up] = swiglu::record_backward(inputs.recording, &shape, gate, up, d_y)?;
-        Ok(Gradients { probe: inputs.probe, forward: 1, y, d_y, pairs: vec![(gate, d_gate), (up, d_up)] })
+        let x = inputs.float("x", element, &[5, 16])?;
+        let weight = inputs.float("weight", element, &[16, 16])?;
+        let d_weight = inputs.output("d_weight", &[16, 16])?;
+        let down_weight = inputs.float("down_weight", element, &[16, 8])?;
+        let d_down_weight = inputs.output("d_down_weight", &[16, 8])?;
+        let d_z = inputs.float("d_z", element, &[5, 16])?;
+        let recording = &mut *inputs.recording;
+        let swiglu = swiglu::record_forward(recording, &shape, x, weight)?;
+        let z = linear::record_forward(recording, &down, swiglu.y, down_weight, None)?;
+        let back = swiglu::record_backward(recording, &shape, swiglu.gate_up, d_z, down_weight)?;
+        linear::record_backward_weight(recording, &down, d_z, back.y, d_down_weight)?;
+        linear::record_backward_weight(recording, &gate_up, back.d_gate_up, x, d_weight)?;
+        let d_x = linear::record_backward_input(recording, &gate_up, back.d_gate_up, weight, None)?;
+        let pairs = vec![(x, d_x), (weight, d_weight), (down_weight, d_down_weight)];
+        Ok(Gradients { probe: inputs.probe, forward: 2, y: z, d_y: d_z, pairs })
     });
     gradients_match("cross_entropy", &|recording| {
         let shape = CrossEntropyShape { rows: 4, vocab: 16, element };
@@ -595,10 +622,11 @@ fn sizes_that_are_not_allowed_are_named() {
     let shape = LinearShape { rows: 3, inputs: 8, outputs: 9, element };
     named(linear::record_forward(recording, &shape, x, x, None).map(drop), "outputs");
     named(linear::record_forward(recording, &LinearShape { outputs: 8, ..shape }, x, x, None).map(drop), "weight");
-    let shape = RopeShape { rows: 3, tokens: 2, heads: 1, kv_heads: 1, head_dim: 8, element };
-    named(rope::record_forward(recording, &shape, x, x, x), "rows");
-    named(rope::record_forward(recording, &RopeShape { head_dim: 4, tokens: 3, ..shape }, x, x, x), "head_dim");
-    let shape = SwigluShape { rows: 3, hidden: 8, element: Element::U32 };
+    let shape = QkvShape { rows: 3, tokens: 2, width: 8, heads: 1, kv_heads: 1, head_dim: 8, element };
+    named(qkv::record_forward(recording, &shape, x, x, x).map(drop), "rows");
+    let odd = QkvShape { head_dim: 4, tokens: 3, ..shape };
+    named(qkv::record_forward(recording, &odd, x, x, x).map(drop), "head_dim");
+    let shape = SwigluShape { rows: 3, width: 8, hidden: 8, element: Element::U32 };
     named(swiglu::record_forward(recording, &shape, x, x).map(drop), "element");
     let shape = CrossEntropyShape { rows: 3, vocab: 8, element };
     named(cross_entropy::record_forward(recording, &shape, x, x).map(drop), "targets");

@@ -1,32 +1,19 @@
-// Backward of SwiGLU: with s = sigmoid(gate), d_gate = dy up s (1 + gate (1 - s)) and d_up = dy gate s.
+// Backward of SwiGLU, from the product that gives dy: with s = sigmoid(gate), d_gate = dy up s (1 + gate (1 - s)) and
+// d_up = dy gate s. And y once more, which the gradient of the map that takes it needs.
 
-#import shared/grid
 #import shared/sigmoid
 
-struct Params {
-    columns: u32, // elements / 4
-}
+@group(0) @binding(3) var<storage, read> gate_up: array<c4>;         // [T, (gate: hidden | up: hidden)]
+@group(0) @binding(4) var<storage, read_write> d_gate_up: array<c4>; // [T, (gate: hidden | up: hidden)]
+@group(0) @binding(5) var<storage, read_write> y: array<c4>;         // [T, hidden]
 
-@group(0) @binding(0) var<storage, read> gate: array<elem4>;          // [T, hidden]
-@group(0) @binding(1) var<storage, read> up: array<elem4>;            // [T, hidden]
-@group(0) @binding(2) var<storage, read> d_y: array<elem4>;           // [T, hidden]
-@group(0) @binding(3) var<storage, read_write> d_gate: array<elem4>;  // [T, hidden]
-@group(0) @binding(4) var<storage, read_write> d_up: array<elem4>;    // [T, hidden]
-@group(0) @binding(5) var<uniform> params: Params;
-
-@compute @workgroup_size(256)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) workgroups: vec3<u32>,
-    @builtin(local_invocation_index) invocation: u32,
-) {
-    let at = linear_workgroup(workgroup, workgroups) * 256u + invocation;
-    if (at >= params.columns) {
-        return;
-    }
-    let x = unpack_elem(gate[at]);
-    let dy = unpack_elem(d_y[at]);
-    let s = sigmoid(x);
-    d_gate[at] = pack_elem(dy * unpack_elem(up[at]) * s * (1.0 + x * (1.0 - s)));
-    d_up[at] = pack_elem(dy * x * s);
+fn store(row: u32, column: u32, sums: array<vec4<f32>, HALVES>) {
+    let d_y = sums[0];
+    let at = (row * 2u * params.n + column) / 4u;
+    let gate = unpack_c(gate_up[at]);
+    let up = unpack_c(gate_up[at + params.n / 4u]);
+    let s = sigmoid(gate);
+    d_gate_up[at] = pack_c(d_y * up * s * (1.0 + gate * (1.0 - s)));
+    d_gate_up[at + params.n / 4u] = pack_c(d_y * gate * s);
+    y[(row * params.n + column) / 4u] = pack_c(gate * s * up);
 }

@@ -1,10 +1,16 @@
-// C = A B by tiles of BLOCK_M x BLOCK_N in workgroup memory; an invocation of the 16 x 16 keeps ROWS x 4 of C in registers.
+// C = A B by tiles of BLOCK_M x BLOCK_N in workgroup memory; an invocation of the 16 x 16 keeps ROWS x 4 HALVES of C in
+// registers.
 //
-// Host constants: A_ALONG_K (A is stored [m, k], otherwise [k, m]), B_ALONG_K (B is stored [n, k], otherwise [k, n]),
-// ROW_BLOCKS (ROWS = 4 ROW_BLOCKS). The length of the stored inner axes is a multiple of 4. Workgroup id z: slice of k.
-// The kernel declares the bindings `a` and `b`, and `store(at, sum)` for four elements of C, at in units of four.
+// Host constants: A_ALONG_K (A is stored [m, k], otherwise [k, m]), B_ALONG_K (B is stored [n, k], otherwise [k, n]; so if
+// HALVES = 2), ROW_BLOCKS (ROWS = 4 ROW_BLOCKS). The length of the stored inner axes is a multiple of 4. Workgroup id z:
+// slice of k.
+//
+// The host imports this or shared/gemm_coop for the kernel, which declares its bindings from 3 on and the epilogue
+// `store(row, column, sums)`: four columns of C from `column` on, and those that belong to them (shared/halves). The Cs
+// of slices lie one below the other.
 
 #import shared/grid
+#import shared/halves
 
 struct Params {
     m: u32,
@@ -15,13 +21,15 @@ struct Params {
     tiles: u32,      // of this dispatch
 }
 
-@group(0) @binding(0) var<storage, read> a: array<a4>;
-@group(0) @binding(1) var<storage, read> b: array<b4>;
+// Writable only so that a kernel may bind the same tensor a second time.
+@group(0) @binding(0) var<storage, read_write> a: array<a4>;
+@group(0) @binding(1) var<storage, read_write> b: array<b4>;
 @group(0) @binding(2) var<uniform> params: Params;
 
 const ROWS: u32 = 4u * ROW_BLOCKS;
 const BLOCK_M: u32 = 16u * ROWS;
-const BLOCK_N: u32 = 64u;
+const STRIP: u32 = 64u;
+const BLOCK_N: u32 = STRIP * HALVES;
 const BLOCK_K: u32 = 16u;
 // Tiles hold vectors of four along the stored axis. Along k, [k / 4][row] with two rows more, so that the four vectors
 // that neighbours write fall into different banks.
@@ -58,11 +66,12 @@ fn load_b(column: u32, k0: u32, k_end: u32, invocation: u32) {
         if (B_ALONG_K) {
             let c = i / (BLOCK_K / 4u);
             let k = k0 + i % (BLOCK_K / 4u) * 4u;
-            if (column + c < params.n && k < k_end) {
-                value = unpack_b(b[((column + c) * params.k + k) / 4u]);
+            let of_c = column_of(column + c);
+            if (of_c < params.n && k < k_end) {
+                value = unpack_b(b[(of_c * params.k + k) / 4u]);
             }
             // An invocation reads four neighbouring columns: they lie 16 apart, its neighbours' beside them.
-            b_tile[i % (BLOCK_K / 4u) * B_STRIDE + c % 4u * 16u + c / 4u] = value;
+            b_tile[i % (BLOCK_K / 4u) * B_STRIDE + c / STRIP * STRIP + c % 4u * 16u + c % STRIP / 4u] = value;
         } else {
             let c = i % (BLOCK_N / 4u) * 4u;
             let k = k0 + i / (BLOCK_N / 4u);
@@ -91,13 +100,13 @@ fn a_fragment(block: u32, q: u32, y: u32) -> mat4x4<f32> {
     ));
 }
 
-// Rows k = 4 q .. 4 q + 3 of B, each over four columns.
-fn b_fragment(q: u32, x: u32) -> mat4x4<f32> {
+// Rows k = 4 q .. 4 q + 3 of B, each over four columns of a strip.
+fn b_fragment(strip: u32, q: u32, x: u32) -> mat4x4<f32> {
     if (B_ALONG_K) {
-        let at = q * B_STRIDE + x;
+        let at = q * B_STRIDE + strip * STRIP + x;
         return transpose(mat4x4<f32>(b_tile[at], b_tile[at + 16u], b_tile[at + 32u], b_tile[at + 48u]));
     }
-    let at = 4u * q * B_STRIDE + x;
+    let at = 4u * q * B_STRIDE + strip * (STRIP / 4u) + x;
     return mat4x4<f32>(b_tile[at], b_tile[at + B_STRIDE], b_tile[at + 2u * B_STRIDE], b_tile[at + 3u * B_STRIDE]);
 }
 
@@ -120,21 +129,25 @@ fn main(
     let k_begin = workgroup.z * params.slice;
     let k_end = min(k_begin + params.slice, params.k);
 
-    var sum: array<vec4<f32>, ROWS>;
+    var sum: array<array<vec4<f32>, HALVES>, ROWS>;
     for (var k0 = k_begin; k0 < k_end; k0 += BLOCK_K) {
         load_a(row, k0, k_end, invocation);
         load_b(column, k0, k_end, invocation);
         workgroupBarrier();
         // Summed by itself and then added: the rounding errors of a long k grow with its steps, not with k.
-        var part: array<vec4<f32>, ROWS>;
+        var part: array<array<vec4<f32>, HALVES>, ROWS>;
         for (var q = 0u; q < BLOCK_K / 4u; q++) {
-            let b_rows = b_fragment(q, x);
+            #for h in 0..HALVES
+            let b_rows$h = b_fragment($hu, q, x);
+            #end
             #for block in 0..ROW_BLOCKS
             {
                 let a_rows = a_fragment($blocku, q, y);
+                #for h in 0..HALVES
                 #for i in 0..4
                 #for k in 0..4
-                part[4 * $block + $i] = fma(vec4<f32>(a_rows[$i][$k]), b_rows[$k], part[4 * $block + $i]);
+                part[4 * $block + $i][$h] = fma(vec4<f32>(a_rows[$i][$k]), b_rows$h[$k], part[4 * $block + $i][$h]);
+                #end
                 #end
                 #end
             }
@@ -142,20 +155,22 @@ fn main(
         }
         #for block in 0..ROW_BLOCKS
         #for i in 0..4
-        sum[4 * $block + $i] += part[4 * $block + $i];
+        #for h in 0..HALVES
+        sum[4 * $block + $i][$h] += part[4 * $block + $i][$h];
+        #end
         #end
         #end
         workgroupBarrier();
     }
 
-    let c = column + x * 4u;
+    let c = column_of(column + x * 4u);
     if (c < params.n) {
         #for block in 0..ROW_BLOCKS
         #for i in 0..4
         {
             let r = row + tile_row(4u * $blocku + $iu, y);
             if (r < params.m) {
-                store(((workgroup.z * params.m + r) * params.n + c) / 4u, sum[4 * $block + $i]);
+                store(workgroup.z * params.m + r, c, sum[4 * $block + $i]);
             }
         }
         #end

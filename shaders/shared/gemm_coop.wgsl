@@ -10,10 +10,11 @@
 //
 // Rows and columns past the end of C repeat the last one and are not stored; past the end of k both factors are zero.
 //
-// The length of the stored inner axes is a multiple of 8. The kernel declares `store` as for shared/gemm, and has `elem`,
+// The length of the stored inner axes is a multiple of 8. The kernel declares the same as for shared/gemm, and has `elem`,
 // the factors' type, from the host.
 
 #import shared/grid
+#import shared/halves
 
 struct Params {
     m: u32,
@@ -35,6 +36,7 @@ const GROUP: u32 = 8u;
 const WORKGROUP: u32 = SUBGROUPS_M * SUBGROUPS_N * SUBGROUP;
 const BLOCK_M: u32 = SUBGROUPS_M * MATRICES_M * MATRIX;
 const BLOCK_N: u32 = SUBGROUPS_N * MATRICES_N * MATRIX;
+const STRIP: u32 = MATRIX;
 const K_STEP: u32 = UNROLL * BLOCK_K;
 
 // Elements of a load, and a tile's stored rows: their loads, their distance in vectors of four, two longer than their
@@ -54,22 +56,37 @@ const A_NEXT_K: u32 = select(MATRIX * A_STRIDE, MATRIX_VECTORS, A_ALONG_K);
 const B_NEXT_N: u32 = select(MATRIX_VECTORS, MATRIX * B_STRIDE, B_ALONG_K);
 const B_NEXT_K: u32 = select(MATRIX * B_STRIDE, MATRIX_VECTORS, B_ALONG_K);
 
-// A row of a matrix of C belongs to LANES lanes, of which those below MATRIX_LANES have vectors.
+// A row of a matrix of C belongs to LANES lanes, of which those below MATRIX_LANES have LANE_VECTORS vectors each.
 const LANES: u32 = SUBGROUP / MATRIX;
-const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
+const MATRIX_LANES: u32 = MATRIX_VECTORS / LANE_VECTORS;
 
 var<workgroup> a_tile: array<elem4, select(BLOCK_K, BLOCK_M, A_ALONG_K) * A_STRIDE>;
 var<workgroup> b_tile: array<elem4, select(BLOCK_K, BLOCK_N, B_ALONG_K) * B_STRIDE>;
 // One matrix of C for each subgroup.
 var<workgroup> sums: array<vec4<f32>, SUBGROUPS_M * SUBGROUPS_N * MATRIX * MATRIX_VECTORS>;
 
-// Where a factor's load is: of `size` rows or columns of C, or of k, `row` and `load` in the tile that begins at `first`
-// and `k`.
-fn load_at(along_k: bool, size: u32, first: u32, row: u32, load: u32, k: u32, k_end: u32) -> u32 {
-    if (along_k) {
-        return min(first + row, size - 1u) * (params.k / LOAD) + min(k / LOAD + load, k_end / LOAD - 1u);
-    }
+// Where the load of a factor is in a step that begins at k: one of the loads of row or column `at` of C,
+fn along_k_at(at: u32, size: u32, load: u32, k: u32, k_end: u32) -> u32 {
+    return min(at, size - 1u) * (params.k / LOAD) + min(k / LOAD + load, k_end / LOAD - 1u);
+}
+
+// or of row `row` of the step, among the loads of the tile that begins at `first`.
+fn across_k_at(first: u32, size: u32, row: u32, load: u32, k: u32, k_end: u32) -> u32 {
     return min(k + row, k_end - 1u) * (size / LOAD) + min(first / LOAD + load, size / LOAD - 1u);
+}
+
+fn a_at(first: u32, row: u32, load: u32, k: u32, k_end: u32) -> u32 {
+    if (A_ALONG_K) {
+        return along_k_at(first + row, params.m, load, k, k_end);
+    }
+    return across_k_at(first, params.m, row, load, k, k_end);
+}
+
+fn b_at(first: u32, row: u32, load: u32, k: u32, k_end: u32) -> u32 {
+    if (B_ALONG_K) {
+        return along_k_at(column_of(first + row), params.n, load, k, k_end);
+    }
+    return across_k_at(first, params.n, row, load, k, k_end);
 }
 
 fn within_k(along_k: bool, row: u32, load: u32, k: u32, k_end: u32) -> bool {
@@ -114,10 +131,10 @@ fn main(
     var c$i: array<MatrixC, MATRICES_N>;
     #end
     #for s in 0..A_STAGES
-    var next_a$s = a[load_at(A_ALONG_K, params.m, first_row, a_row + $su * A_STAGE_ROWS, a_load, k_begin, k_end)];
+    var next_a$s = a[a_at(first_row, a_row + $su * A_STAGE_ROWS, a_load, k_begin, k_end)];
     #end
     #for s in 0..B_STAGES
-    var next_b$s = b[load_at(B_ALONG_K, params.n, first_column, b_row + $su * B_STAGE_ROWS, b_load, k_begin, k_end)];
+    var next_b$s = b[b_at(first_column, b_row + $su * B_STAGE_ROWS, b_load, k_begin, k_end)];
     #end
     #for s in 0..A_STAGES
     if (!within_k(A_ALONG_K, a_row + $su * A_STAGE_ROWS, a_load, k_begin, k_end)) {
@@ -126,7 +143,7 @@ fn main(
     #for h in 0..LOAD_VECTORS
     a_tile[a_to + $su * A_STAGE_ROWS * A_STRIDE + $hu] = vector_of_load(next_a$s, $hu);
     #end
-    next_a$s = a[load_at(A_ALONG_K, params.m, first_row, a_row + $su * A_STAGE_ROWS, a_load, k_begin + BLOCK_K, k_end)];
+    next_a$s = a[a_at(first_row, a_row + $su * A_STAGE_ROWS, a_load, k_begin + BLOCK_K, k_end)];
     #end
     #for s in 0..B_STAGES
     if (!within_k(B_ALONG_K, b_row + $su * B_STAGE_ROWS, b_load, k_begin, k_end)) {
@@ -135,7 +152,7 @@ fn main(
     #for h in 0..LOAD_VECTORS
     b_tile[b_to + $su * B_STAGE_ROWS * B_STRIDE + $hu] = vector_of_load(next_b$s, $hu);
     #end
-    next_b$s = b[load_at(B_ALONG_K, params.n, first_column, b_row + $su * B_STAGE_ROWS, b_load, k_begin + BLOCK_K, k_end)];
+    next_b$s = b[b_at(first_column, b_row + $su * B_STAGE_ROWS, b_load, k_begin + BLOCK_K, k_end)];
     #end
     workgroupBarrier();
 
@@ -184,10 +201,10 @@ fn main(
             #end
             #end
             #for s in 0..A_STAGES
-            next_a$s = a[load_at(A_ALONG_K, params.m, first_row, a_row + $su * A_STAGE_ROWS, a_load, k + BLOCK_K, k_end)];
+            next_a$s = a[a_at(first_row, a_row + $su * A_STAGE_ROWS, a_load, k + BLOCK_K, k_end)];
             #end
             #for s in 0..B_STAGES
-            next_b$s = b[load_at(B_ALONG_K, params.n, first_column, b_row + $su * B_STAGE_ROWS, b_load, k + BLOCK_K, k_end)];
+            next_b$s = b[b_at(first_column, b_row + $su * B_STAGE_ROWS, b_load, k + BLOCK_K, k_end)];
             #end
             workgroupBarrier();
         }
@@ -198,21 +215,32 @@ fn main(
     let sums_at = subgroup * MATRIX * MATRIX_VECTORS;
     let lane_row = invocation % SUBGROUP / LANES;
     let lane = invocation % LANES;
+    let lane_at = sums_at + lane_row * MATRIX_VECTORS + lane;
     #for i in 0..MATRICES_M
-    #for j in 0..MATRICES_N
+    #for j in 0..HALF_MATRICES
     {
+        var vectors: array<array<vec4<f32>, HALVES>, LANE_VECTORS>;
+        #for h in 0..HALVES
         subgroupBarrier();
-        coopStoreT(c$i[$j], &sums[sums_at], MATRIX_VECTORS);
+        coopStoreT(c$i[HALVES * $ju + $hu], &sums[sums_at], MATRIX_VECTORS);
         subgroupBarrier();
+        if (lane < MATRIX_LANES) {
+            #for v in 0..LANE_VECTORS
+            vectors[$v][$h] = sums[lane_at + $vu * MATRIX_LANES];
+            #end
+        }
+        #end
         let row = first_row + (subgroup_m * MATRICES_M + $iu) * MATRIX + lane_row;
         if (row < params.m && lane < MATRIX_LANES) {
-            for (var vector = lane; vector < MATRIX_VECTORS; vector += MATRIX_LANES) {
-                let column = first_column + (subgroup_n * MATRICES_N + $ju) * MATRIX + vector * 4u;
+            #for v in 0..LANE_VECTORS
+            {
+                let matrix = subgroup_n * MATRICES_N + HALVES * $ju;
+                let column = column_of(first_column + matrix * MATRIX + (lane + $vu * MATRIX_LANES) * 4u);
                 if (column < params.n) {
-                    let at = (workgroup.z * params.m + row) * params.n + column;
-                    store(at / 4u, sums[sums_at + lane_row * MATRIX_VECTORS + vector]);
+                    store(workgroup.z * params.m + row, column, vectors[$v]);
                 }
             }
+            #end
         }
     }
     #end

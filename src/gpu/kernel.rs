@@ -83,7 +83,7 @@ pub struct Kernel {
     elements: Vec<(&'static str, Element)>,
     matrices: Option<(usize, Element)>,
     wide: Option<Element>,
-    group_reduce: Option<&'static str>,
+    module: Option<&'static str>,
     constants: Vec<(&'static str, Constant)>,
 }
 
@@ -96,7 +96,7 @@ impl Kernel {
             elements: Vec::new(),
             matrices: None,
             wide: None,
-            group_reduce: None,
+            module: None,
             constants: Vec::new(),
         }
     }
@@ -131,12 +131,18 @@ impl Kernel {
         self.constant("WIDE", wide(element))
     }
 
+    /// Gives the shader a module that it does not name itself: the one, of several with the same functions, that suits
+    /// the device.
+    pub(crate) fn module(mut self, module: &'static str) -> Self {
+        self.module = Some(module);
+        self
+    }
+
     /// Gives the shader `group_max` and `group_sum` over `lanes` neighbouring invocations: by exchange within subgroups
     /// where these have so many, otherwise through workgroup memory.
-    pub(crate) fn group_reduce(mut self, caps: &Caps, lanes: usize) -> Self {
+    pub(crate) fn group_reduce(self, caps: &Caps, lanes: usize) -> Self {
         let exchange = lanes.is_power_of_two() && lanes <= caps.exchange;
-        self.group_reduce = Some(if exchange { "shared/group_reduce_subgroup" } else { "shared/group_reduce" });
-        self
+        self.module(if exchange { "shared/group_reduce_subgroup" } else { "shared/group_reduce" })
     }
 
     /// Gives the shader `const NAME: u32`.
@@ -177,7 +183,7 @@ impl Kernel {
             Some(_) => prelude.push_str("#import shared/wide_f32\n"),
             None => {}
         }
-        if let Some(module) = self.group_reduce {
+        if let Some(module) = self.module {
             prelude.push_str(&format!("#import {module}\n"));
         }
         for (name, element) in &self.elements {

@@ -11,14 +11,14 @@ use std::ops::Range;
 
 use crate::config::{LighthouseConfig, Shape};
 use crate::error::{Error, Result};
-use crate::layer::{Forward, LighthouseAttention};
+use crate::layer::{Forward, Gradients, LighthouseAttention};
 use crate::nn::adamw::{self, AdamW, AdamWTensors};
 use crate::nn::cross_entropy::{self, CrossEntropyShape};
 use crate::nn::embedding::{self, EmbeddingShape};
 use crate::nn::grad_norm;
 use crate::nn::linear::{self, LinearShape};
+use crate::nn::qkv::{self, QkvShape};
 use crate::nn::rms_norm::{self, RmsNorm, RmsNormShape};
-use crate::nn::rope::{self, RopeShape};
 use crate::nn::swiglu::{self, SwigluShape};
 use crate::recording::{Executor, Recording};
 use crate::tensor::{Element, Tensor};
@@ -123,13 +123,13 @@ impl ModelConfig {
         LinearShape { rows: self.rows(), inputs, outputs, element: self.element }
     }
 
-    fn rope(&self) -> RopeShape {
-        let Self { tokens, heads, kv_heads, element, .. } = *self;
-        RopeShape { rows: self.rows(), tokens, heads, kv_heads, head_dim: self.head_dim(), element }
+    fn qkv(&self) -> QkvShape {
+        let Self { tokens, width, heads, kv_heads, element, .. } = *self;
+        QkvShape { rows: self.rows(), tokens, width, heads, kv_heads, head_dim: self.head_dim(), element }
     }
 
     fn swiglu(&self) -> SwigluShape {
-        SwigluShape { rows: self.rows(), hidden: self.hidden, element: self.element }
+        SwigluShape { rows: self.rows(), width: self.width, hidden: self.hidden, element: self.element }
     }
 
     fn embedding(&self) -> EmbeddingShape {
@@ -145,13 +145,10 @@ impl ModelConfig {
 #[derive(Clone, Copy, Debug)]
 struct Block {
     attention_norm: usize,
-    wq: usize,
-    wk: usize,
-    wv: usize,
+    wqkv: usize,
     wo: usize,
     feed_forward_norm: usize,
-    gate: usize,
-    up: usize,
+    gate_up: usize,
     down: usize,
 }
 
@@ -215,8 +212,7 @@ struct SavedBlock {
     x: Tensor,
     attention: Forward,
     middle: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate_up: Tensor,
 }
 
 /// Views of every parameter and of its gradient.
@@ -243,7 +239,7 @@ impl Model {
     pub fn new(config: ModelConfig) -> Result<Self> {
         config.check()?;
         let ModelConfig { width, layers, hidden, .. } = config;
-        let kv_width = config.kv_heads * config.head_dim();
+        let qkv_width = config.qkv().outputs();
         let mut table = ParameterTable::default();
         let by_inputs = |inputs: usize| Init::Normal((inputs as f64).sqrt().recip());
         // Outputs into the residual stream begin smaller, so that its variance does not grow with depth.
@@ -254,13 +250,10 @@ impl Model {
                 let mut add = |name: &str, shape: &[usize], init| table.add(format!("layers.{l}.{name}"), shape, init);
                 Block {
                     attention_norm: add("attention_norm", &[width], Init::Ones),
-                    wq: add("attention.wq", &[width, width], by_inputs(width)),
-                    wk: add("attention.wk", &[kv_width, width], by_inputs(width)),
-                    wv: add("attention.wv", &[kv_width, width], by_inputs(width)),
+                    wqkv: add("attention.wqkv", &[qkv_width, width], by_inputs(width)),
                     wo: add("attention.wo", &[width, width], into_residual(width)),
                     feed_forward_norm: add("feed_forward_norm", &[width], Init::Ones),
-                    gate: add("feed_forward.gate", &[hidden, width], by_inputs(width)),
-                    up: add("feed_forward.up", &[hidden, width], by_inputs(width)),
+                    gate_up: add("feed_forward.gate_up", &[2 * hidden, width], by_inputs(width)),
                     down: add("feed_forward.down", &[width, hidden], into_residual(hidden)),
                 }
             })
@@ -321,7 +314,7 @@ impl Model {
     /// As the executor's.
     pub fn initialize(&self, executor: &mut dyn Executor, tensors: &ModelTensors, seed: u64) -> Result<()> {
         let config = &self.config;
-        executor.write(tensors.angles, &rope::angles(config.tokens, config.head_dim(), rope::THETA))?;
+        executor.write(tensors.angles, &qkv::angles(config.tokens, config.head_dim(), qkv::THETA))?;
         let mut decay = vec![0; self.table.len() / adamw::BLOCK];
         for parameter in self.table.parameters().iter().filter(|parameter| parameter.decays()) {
             let blocks = parameter.start / adamw::BLOCK..(parameter.start + parameter.len()).div_ceil(adamw::BLOCK);
@@ -417,29 +410,22 @@ impl Model {
     ) -> Result<(Tensor, SavedBlock)> {
         let config = &self.config;
         let ModelConfig { width, hidden, .. } = *config;
-        let kv_width = config.kv_heads * config.head_dim();
 
-        let attention_norm =
-            rms_norm::record_forward(recording, &config.norm(), x, views.weight(block.attention_norm)?)?;
-        let mut project = |outputs: usize, weight: usize| {
-            let weight = views.weight(weight)?;
-            linear::record_forward(recording, &config.linear(width, outputs), attention_norm.y, weight, None)
-        };
-        let (q, k, v) = (project(width, block.wq)?, project(kv_width, block.wk)?, project(kv_width, block.wv)?);
-        rope::record_forward(recording, &config.rope(), tensors.angles, q, k)?;
-        let attention = attention.record_forward(recording, [q, k, v])?;
+        let norm = views.weight(block.attention_norm)?;
+        let attention_norm = rms_norm::record_forward(recording, &config.norm(), x, norm)?;
+        let wqkv = views.weight(block.wqkv)?;
+        let qkv = qkv::record_forward(recording, &config.qkv(), tensors.angles, attention_norm.y, wqkv)?;
+        let attention = attention.record_forward(recording, qkv)?;
         let (shape, wo) = (config.linear(width, width), views.weight(block.wo)?);
         let middle = linear::record_forward(recording, &shape, attention.o, wo, Some(x))?;
 
         let norm = views.weight(block.feed_forward_norm)?;
         let feed_forward_norm = rms_norm::record_forward(recording, &config.norm(), middle, norm)?;
-        let shape = config.linear(width, hidden);
-        let gate = linear::record_forward(recording, &shape, feed_forward_norm.y, views.weight(block.gate)?, None)?;
-        let up = linear::record_forward(recording, &shape, feed_forward_norm.y, views.weight(block.up)?, None)?;
-        let activated = swiglu::record_forward(recording, &config.swiglu(), gate, up)?;
+        let gate_up = views.weight(block.gate_up)?;
+        let swiglu = swiglu::record_forward(recording, &config.swiglu(), feed_forward_norm.y, gate_up)?;
         let (shape, down) = (config.linear(hidden, width), views.weight(block.down)?);
-        let out = linear::record_forward(recording, &shape, activated, down, Some(middle))?;
-        Ok((out, SavedBlock { x, attention, middle, gate, up }))
+        let out = linear::record_forward(recording, &shape, swiglu.y, down, Some(middle))?;
+        Ok((out, SavedBlock { x, attention, middle, gate_up: swiglu.gate_up }))
     }
 
     /// The gradient of a block's input from that of its output; gradients of its parameters go into their views.
@@ -456,13 +442,12 @@ impl Model {
     ) -> Result<Tensor> {
         let config = &self.config;
         let ModelConfig { width, hidden, .. } = *config;
-        let kv_width = config.kv_heads * config.head_dim();
 
-        // d_x += d_y W, and dW = d_y^T x.
-        let linear = |recording: &mut Recording, outputs, inputs, parameter, d_y, x, add| {
+        // d_x = d_y W, and dW = d_y^T x.
+        let linear = |recording: &mut Recording, outputs, inputs, parameter, d_y, x| {
             let shape = config.linear(inputs, outputs);
             linear::record_backward_weight(recording, &shape, d_y, x, views.gradient(parameter)?)?;
-            linear::record_backward_input(recording, &shape, d_y, views.weight(parameter)?, add)
+            linear::record_backward_input(recording, &shape, d_y, views.weight(parameter)?, None)
         };
         let norm = |recording: &mut Recording, parameter, x, norm: RmsNorm, d_y, d_residual| {
             let saved = [x, views.weight(parameter)?, norm.inverse_rms];
@@ -470,23 +455,21 @@ impl Model {
             rms_norm::record_backward(recording, &config.norm(), saved, d_y, Some(d_residual), d_weight)
         };
 
-        let activated = swiglu::record_forward(recording, &config.swiglu(), saved.gate, saved.up)?;
-        let d_activated = linear(recording, width, hidden, block.down, d_out, activated, None)?;
-        let [d_gate, d_up] = swiglu::record_backward(recording, &config.swiglu(), saved.gate, saved.up, d_activated)?;
+        let down = views.weight(block.down)?;
+        let swiglu = swiglu::record_backward(recording, &config.swiglu(), saved.gate_up, d_out, down)?;
+        let (shape, d_down) = (config.linear(hidden, width), views.gradient(block.down)?);
+        linear::record_backward_weight(recording, &shape, d_out, swiglu.y, d_down)?;
         let weight = views.weight(block.feed_forward_norm)?;
         let normed = rms_norm::record_forward(recording, &config.norm(), saved.middle, weight)?;
-        let d_normed = linear(recording, hidden, width, block.gate, d_gate, normed.y, None)?;
-        let d_normed = linear(recording, hidden, width, block.up, d_up, normed.y, Some(d_normed))?;
+        let d_normed = linear(recording, 2 * hidden, width, block.gate_up, swiglu.d_gate_up, normed.y)?;
         let d_middle = norm(recording, block.feed_forward_norm, saved.middle, normed, d_normed, d_out)?;
 
-        let d_o = linear(recording, width, width, block.wo, d_middle, saved.attention.o, None)?;
-        let d_qkv = attention.record_backward(recording, &saved.attention, d_o)?;
-        rope::record_backward(recording, &config.rope(), tensors.angles, d_qkv.dq, d_qkv.dk)?;
+        let d_o = linear(recording, width, width, block.wo, d_middle, saved.attention.o)?;
+        let Gradients { dq, dk, dv } = attention.record_backward(recording, &saved.attention, d_o)?;
+        let d_qkv = qkv::record_backward(recording, &config.qkv(), tensors.angles, [dq, dk, dv])?;
         let weight = views.weight(block.attention_norm)?;
         let normed = rms_norm::record_forward(recording, &config.norm(), saved.x, weight)?;
-        let d_normed = linear(recording, width, width, block.wq, d_qkv.dq, normed.y, None)?;
-        let d_normed = linear(recording, kv_width, width, block.wk, d_qkv.dk, normed.y, Some(d_normed))?;
-        let d_normed = linear(recording, kv_width, width, block.wv, d_qkv.dv, normed.y, Some(d_normed))?;
+        let d_normed = linear(recording, config.qkv().outputs(), width, block.wqkv, d_qkv, normed.y)?;
         norm(recording, block.attention_norm, saved.x, normed, d_normed, d_middle)
     }
 }

@@ -8,11 +8,12 @@
 pub mod adamw;
 pub mod cross_entropy;
 pub mod embedding;
+mod gemm;
 pub mod grad_norm;
 pub mod linear;
 mod partials;
+pub mod qkv;
 pub mod rms_norm;
-pub mod rope;
 pub mod swiglu;
 
 use crate::error::{Error, Result};

@@ -20,17 +20,21 @@ pub(super) struct Forward {
 impl Reference for Forward {
     fn run<T: Real>(&self, args: &Args<'_, T>) -> Result<()> {
         let LinearShape { inputs, outputs, .. } = self.shape;
-        let (x, weight, mut y) = (args.read("a")?, args.read("b")?, args.write("c")?);
-        let (x, weight) = (&*x, &*weight);
-        y.par_chunks_mut(ROWS * outputs).zip(x.par_chunks(ROWS * inputs)).for_each(|(y, x)| {
-            for (o, w) in weight.chunks_exact(inputs).enumerate() {
-                for (y, x) in y.chunks_exact_mut(outputs).zip(x.chunks_exact(inputs)) {
-                    y[o] = dot(x, w);
-                }
-            }
-        });
+        let mut y = args.write("c")?;
+        forward(&mut y, &args.read("a")?, &args.read("b")?, [inputs, outputs]);
         add(args, &mut y)
     }
+}
+
+/// The product of [`Forward`], for every user of a linear map.
+pub(in crate::nn) fn forward<T: Real>(y: &mut [T], x: &[T], weight: &[T], [inputs, outputs]: [usize; 2]) {
+    y.par_chunks_mut(ROWS * outputs).zip(x.par_chunks(ROWS * inputs)).for_each(|(y, x)| {
+        for (o, w) in weight.chunks_exact(inputs).enumerate() {
+            for (y, x) in y.chunks_exact_mut(outputs).zip(x.chunks_exact(inputs)) {
+                y[o] = dot(x, w);
+            }
+        }
+    });
 }
 
 /// dx\[t\] = sum over outputs o of dy\[t, o\] W\[o\].
@@ -41,18 +45,22 @@ pub(super) struct BackwardInput {
 impl Reference for BackwardInput {
     fn run<T: Real>(&self, args: &Args<'_, T>) -> Result<()> {
         let LinearShape { inputs, outputs, .. } = self.shape;
-        let (d_y, weight, mut d_x) = (args.read("a")?, args.read("b")?, args.write("c")?);
-        let (d_y, weight) = (&*d_y, &*weight);
-        d_x.par_chunks_mut(ROWS * inputs).zip(d_y.par_chunks(ROWS * outputs)).for_each(|(d_x, d_y)| {
-            d_x.fill(T::zero());
-            for (o, w) in weight.chunks_exact(inputs).enumerate() {
-                for (d_x, d_y) in d_x.chunks_exact_mut(inputs).zip(d_y.chunks_exact(outputs)) {
-                    axpy(d_x, d_y[o], w);
-                }
-            }
-        });
+        let mut d_x = args.write("c")?;
+        backward_input(&mut d_x, &args.read("a")?, &args.read("b")?, [inputs, outputs]);
         add(args, &mut d_x)
     }
+}
+
+/// The product of [`BackwardInput`], for every user of a linear map.
+pub(in crate::nn) fn backward_input<T: Real>(d_x: &mut [T], d_y: &[T], weight: &[T], [inputs, outputs]: [usize; 2]) {
+    d_x.par_chunks_mut(ROWS * inputs).zip(d_y.par_chunks(ROWS * outputs)).for_each(|(d_x, d_y)| {
+        d_x.fill(T::zero());
+        for (o, w) in weight.chunks_exact(inputs).enumerate() {
+            for (d_x, d_y) in d_x.chunks_exact_mut(inputs).zip(d_y.chunks_exact(outputs)) {
+                axpy(d_x, d_y[o], w);
+            }
+        }
+    });
 }
 
 /// dW\[o\] = sum over tokens t of dy\[t, o\] x\[t\].

@@ -1,89 +1,108 @@
-//! SwiGLU (Shazeer, 2020), the gate of the feed-forward layer: silu(gate) * up.
+//! SwiGLU (Shazeer, 2020), the gated half of the feed-forward layer: y = silu(x G^T) * (x U^T). The gate's map G and the
+//! other one, U, are one product, which applies the gate to its own columns; so does the product that brings y's gradient.
 
 mod reference;
 
 use crate::error::Result;
-use crate::gpu::{Kernel, params};
-use crate::nn::{check_count, check_element, check_width, grid_of_columns};
+use crate::nn::gemm::{self, Gemm, GemmPlan};
+use crate::nn::{check_count, check_element, check_width};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
-params!(SwigluParams { columns: u32 });
-
-/// Sizes of a gate.
+/// Sizes of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SwigluShape {
     /// T, tokens of the whole batch.
     pub rows: usize,
-    /// Columns, a multiple of 8.
+    /// Columns of the layer's inputs and outputs, a multiple of 8.
+    pub width: usize,
+    /// Columns of y, a multiple of 8.
     pub hidden: usize,
-    /// Storage type of the activations.
+    /// Storage type of activations and weights.
     pub element: Element,
 }
 
 impl SwigluShape {
     fn check(&self) -> Result<()> {
         check_count("rows", self.rows)?;
+        check_width("width", self.width)?;
         check_width("hidden", self.hidden)?;
         check_element(self.element)
     }
-
-    fn elements(&self) -> usize {
-        self.rows * self.hidden
-    }
 }
 
-/// Records y = silu(gate) * up; all three `[T, hidden]`.
+/// What the forward gives.
+#[derive(Clone, Copy, Debug)]
+pub struct Swiglu {
+    /// gate = x G^T and up = x U^T side by side, `[T, 2 hidden]`: saved for the backward.
+    pub gate_up: Tensor,
+    /// silu(gate) * up, `[T, hidden]`.
+    pub y: Tensor,
+}
+
+/// What the backward gives.
+#[derive(Clone, Copy, Debug)]
+pub struct SwigluBackward {
+    /// The gradients of gate and up side by side, `[T, 2 hidden]`: the linear map (G, U) takes it from here.
+    pub d_gate_up: Tensor,
+    /// y of the forward, `[T, hidden]`: for the gradient of the weight W.
+    pub y: Tensor,
+}
+
+/// Records y = silu(x G^T) * (x U^T) for `x` `[T, width]` and `weight` `[2 hidden, width]`, the rows of G before those of
+/// U.
 ///
 /// # Errors
 /// Sizes that are not allowed, or tensors that do not have them.
-pub fn record_forward(recording: &mut Recording, shape: &SwigluShape, gate: Tensor, up: Tensor) -> Result<Tensor> {
+pub fn record_forward(recording: &mut Recording, shape: &SwigluShape, x: Tensor, weight: Tensor) -> Result<Swiglu> {
     shape.check()?;
-    let &SwigluShape { rows, hidden, element } = shape;
-    recording.require("gate", gate, element, &[rows, hidden])?;
-    recording.require("up", up, element, &[rows, hidden])?;
+    let &SwigluShape { rows, width, hidden, element } = shape;
+    recording.require("x", x, element, &[rows, width])?;
+    recording.require("weight", weight, element, &[2 * hidden, width])?;
+    let gate_up = recording.scratch("gate_up", element, &[rows, 2 * hidden])?;
     let y = recording.scratch("y", element, &[rows, hidden])?;
-    let command =
-        Command::new("swiglu", reference::Forward).reads("gate", gate).reads("up", up).writes("y", y).dispatch(
-            Kernel::new(recording.caps(), "nn/swiglu").element("elem", element),
-            SwigluParams { columns: (shape.elements() / 4) as u32 },
-            grid_of_columns(recording.caps(), shape.elements() / 4)?,
-            8 * shape.elements() as u64,
-        );
+    let gemm = Gemm { half: Some(hidden), ..Gemm::forward(rows, width, 2 * hidden, element) };
+    let plan = GemmPlan::whole(recording.caps(), &gemm);
+    let command = Command::new("swiglu", reference::Forward { shape: *shape })
+        .reads("a", x)
+        .reads("b", weight)
+        .writes("gate_up", gate_up)
+        .writes("y", y);
+    let kernel = gemm::kernel(recording.caps(), "nn/swiglu", &gemm, &plan);
+    let command = gemm::dispatch(recording, command, kernel, &gemm, &plan)?;
     recording.push(command)?;
-    Ok(y)
+    Ok(Swiglu { gate_up, y })
 }
 
-/// Records the backward of y's gradient `d_y`; gives d_gate and d_up; all `[T, hidden]`.
+/// Records the backward of y and of the linear map z = y W^T that takes it, with W `[width, hidden]`, from z's gradient
+/// `d_z` `[T, width]`.
 ///
 /// # Errors
 /// Sizes that are not allowed, or tensors that do not have them.
 pub fn record_backward(
     recording: &mut Recording,
     shape: &SwigluShape,
-    gate: Tensor,
-    up: Tensor,
-    d_y: Tensor,
-) -> Result<[Tensor; 2]> {
+    gate_up: Tensor,
+    d_z: Tensor,
+    weight: Tensor,
+) -> Result<SwigluBackward> {
     shape.check()?;
-    let &SwigluShape { rows, hidden, element } = shape;
-    for (name, tensor) in [("gate", gate), ("up", up), ("d_y", d_y)] {
-        recording.require(name, tensor, element, &[rows, hidden])?;
-    }
-    let d_gate = recording.scratch("d_gate", element, &[rows, hidden])?;
-    let d_up = recording.scratch("d_up", element, &[rows, hidden])?;
-    let command = Command::new("swiglu_backward", reference::Backward)
-        .reads("gate", gate)
-        .reads("up", up)
-        .reads("d_y", d_y)
-        .writes("d_gate", d_gate)
-        .writes("d_up", d_up)
-        .dispatch(
-            Kernel::new(recording.caps(), "nn/swiglu_backward").element("elem", element),
-            SwigluParams { columns: (shape.elements() / 4) as u32 },
-            grid_of_columns(recording.caps(), shape.elements() / 4)?,
-            16 * shape.elements() as u64,
-        );
+    let &SwigluShape { rows, width, hidden, element } = shape;
+    recording.require("gate_up", gate_up, element, &[rows, 2 * hidden])?;
+    recording.require("d_z", d_z, element, &[rows, width])?;
+    recording.require("weight", weight, element, &[width, hidden])?;
+    let d_gate_up = recording.scratch("d_gate_up", element, &[rows, 2 * hidden])?;
+    let y = recording.scratch("y", element, &[rows, hidden])?;
+    let gemm = Gemm::backward_input(rows, hidden, width, element);
+    let plan = GemmPlan::whole(recording.caps(), &gemm);
+    let command = Command::new("swiglu_backward", reference::Backward { shape: *shape })
+        .reads("a", d_z)
+        .reads("b", weight)
+        .reads("gate_up", gate_up)
+        .writes("d_gate_up", d_gate_up)
+        .writes("y", y);
+    let kernel = gemm::kernel(recording.caps(), "nn/swiglu_backward", &gemm, &plan);
+    let command = gemm::dispatch(recording, command, kernel, &gemm, &plan)?;
     recording.push(command)?;
-    Ok([d_gate, d_up])
+    Ok(SwigluBackward { d_gate_up, y })
 }

@@ -5,7 +5,7 @@ use crate::tensor::Element;
 
 /// C `[m, n]` = A B over k.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Gemm {
+pub(in crate::nn) struct Gemm {
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -15,9 +15,31 @@ pub(super) struct Gemm {
     pub b_along_k: bool,
     /// Storage type of A and B.
     pub element: Element,
+    /// If the epilogue needs the columns of C in pairs: how far apart a pair is. They form groups of twice as many.
+    pub half: Option<usize>,
 }
 
 impl Gemm {
+    /// y = x W^T of a linear map.
+    pub fn forward(rows: usize, inputs: usize, outputs: usize, element: Element) -> Self {
+        Self { m: rows, n: outputs, k: inputs, a_along_k: true, b_along_k: true, element, half: None }
+    }
+
+    /// dx = dy W of a linear map.
+    pub fn backward_input(rows: usize, inputs: usize, outputs: usize, element: Element) -> Self {
+        Self { m: rows, n: inputs, k: outputs, a_along_k: true, b_along_k: false, element, half: None }
+    }
+
+    /// dW = dy^T x of a linear map.
+    pub fn backward_weight(rows: usize, inputs: usize, outputs: usize, element: Element) -> Self {
+        Self { m: outputs, n: inputs, k: rows, a_along_k: false, b_along_k: false, element, half: None }
+    }
+
+    /// Columns of C that the epilogue gets at a time, counted in vectors.
+    pub fn halves(&self) -> usize {
+        if self.half.is_some() { 2 } else { 1 }
+    }
+
     /// Floating-point operations.
     pub fn work(&self) -> u64 {
         2 * self.m as u64 * self.n as u64 * self.k as u64
@@ -44,39 +66,46 @@ const SIMT_WORK_PER_DISPATCH: u64 = 1 << 38;
 
 /// The kernel that computes a tile of C in a workgroup.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Tile {
+pub(in crate::nn) enum Tile {
     /// `shaders/shared/gemm.wgsl`.
     Simt(SimtTile),
     /// `shaders/shared/gemm_coop.wgsl`.
     Coop(CoopTile),
 }
 
-/// 64 columns by 64 rows for each block of four rows that an invocation keeps in registers.
+/// 64 columns for each half by 64 rows for each block of four rows that an invocation keeps in registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct SimtTile {
+pub(in crate::nn) struct SimtTile {
     pub row_blocks: usize,
+    halves: usize,
 }
 
 impl SimtTile {
-    /// Columns of a tile, and the step along k.
-    const BLOCK_N: usize = 64;
+    /// The step along k.
     const BLOCK_K: usize = 16;
 
     fn new(caps: &Caps, gemm: &Gemm) -> Self {
-        // Two blocks of rows read a third less of workgroup memory for each product, but leave half the workgroups.
-        let tile = Self { row_blocks: 2 };
+        // Two blocks, of rows or of columns, read a third less of workgroup memory for each product, but leave half the
+        // workgroups.
+        let halves = gemm.halves();
+        let tile = Self { row_blocks: 2, halves };
         let fits = tile.workgroup_bytes() <= caps.limits.max_compute_workgroup_storage_size as usize;
-        if gemm.m > 64 && fits { tile } else { Self { row_blocks: 1 } }
+        if halves == 1 && gemm.m > 64 && fits { tile } else { Self { row_blocks: 1, halves } }
+    }
+
+    fn block(self) -> [usize; 2] {
+        [64 * self.row_blocks, 64 * self.halves]
     }
 
     fn workgroup_bytes(self) -> usize {
-        Self::BLOCK_K / 4 * (64 * self.row_blocks + 2 + Self::BLOCK_N + 2) * 16
+        let [block_m, block_n] = self.block();
+        Self::BLOCK_K / 4 * (block_m + 2 + block_n + 2) * 16
     }
 }
 
 /// A tile's subgroups, and each one's matrices, along m and n.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Shape {
+pub(in crate::nn) struct Shape {
     pub subgroups: [usize; 2],
     pub matrices: [usize; 2],
     /// Speed at a large GEMM, against the fastest shape (measured on an H100).
@@ -84,7 +113,7 @@ pub(super) struct Shape {
 }
 
 /// The shapes of tiles, for every size of matrix: 128x128, 128x64 and 64x64 of C with matrices of 16x16.
-pub(super) const SHAPES: [Shape; 3] = [
+pub(in crate::nn) const SHAPES: [Shape; 3] = [
     Shape { subgroups: [2, 2], matrices: [4, 4], speed: 1.0 },
     Shape { subgroups: [2, 2], matrices: [4, 2], speed: 0.64 },
     Shape { subgroups: [2, 2], matrices: [2, 2], speed: 0.5 },
@@ -92,7 +121,7 @@ pub(super) const SHAPES: [Shape; 3] = [
 
 /// A tile on cooperative matrices.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct CoopTile {
+pub(in crate::nn) struct CoopTile {
     /// Rows and columns of a matrix.
     pub matrix: usize,
     /// Invocations of a subgroup.
@@ -127,6 +156,12 @@ impl CoopTile {
     fn block(self) -> [usize; 2] {
         let Shape { subgroups: [subgroups_m, subgroups_n], matrices: [matrices_m, matrices_n], .. } = self.shape;
         [subgroups_m * matrices_m * self.matrix, subgroups_n * matrices_n * self.matrix]
+    }
+
+    /// Vectors that a lane has of a row of a matrix of C.
+    pub fn lane_vectors(self) -> usize {
+        let vectors = self.matrix / 4;
+        vectors / vectors.min(self.subgroup / self.matrix)
     }
 
     fn subgroups(self) -> usize {
@@ -206,7 +241,7 @@ impl Tile {
     /// Rows and columns.
     fn block(self) -> [usize; 2] {
         match self {
-            Self::Simt(tile) => [64 * tile.row_blocks, SimtTile::BLOCK_N],
+            Self::Simt(tile) => tile.block(),
             Self::Coop(tile) => tile.block(),
         }
     }
@@ -222,7 +257,7 @@ impl Tile {
 
 /// How a GEMM is cut.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct GemmPlan {
+pub(in crate::nn) struct GemmPlan {
     pub tile: Tile,
     /// Slices of k, each with its own sums.
     pub slices: usize,
@@ -279,8 +314,13 @@ mod tests {
             for (m, n, k) in
                 [(1, 8, 8), (64, 64, 16), (130, 136, 24), (1024, 1024, 98_304), (8, 24, 130), (256, 688, 2049)]
             {
-                let gemm = Gemm { m, n, k, a_along_k: false, b_along_k: false, element };
-                for plan in [GemmPlan::whole(caps, &gemm), GemmPlan::split(caps, &gemm)] {
+                let gemm = Gemm::backward_weight(k, n, m, element);
+                let in_pairs = Gemm { half: Some(n / 2), ..Gemm::forward(m, k, n, element) };
+                let plans = [GemmPlan::whole(caps, &gemm), GemmPlan::split(caps, &gemm)].map(|plan| (gemm, plan));
+                for (gemm, plan) in plans.into_iter().chain([(in_pairs, GemmPlan::whole(caps, &in_pairs))]) {
+                    if let Tile::Simt(tile) = plan.tile {
+                        assert!(tile.workgroup_bytes() <= 16 << 10, "{gemm:?}: {tile:?}");
+                    }
                     let case = format!("{}, {gemm:?}: {plan:?}", caps.tier);
                     assert_eq!(caps.tier.matrix().is_some(), matches!(plan.tile, Tile::Coop(_)), "{case}");
                     assert!(plan.slices * plan.slice >= k && (plan.slices - 1) * plan.slice < k, "{case}");
@@ -298,7 +338,7 @@ mod tests {
         let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..wgpu::Limits::default() };
         let caps = Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() };
         for (a_along_k, b_along_k) in [(true, true), (true, false), (false, false)] {
-            let gemm = Gemm { m: 8192, n: 8192, k: 8192, a_along_k, b_along_k, element: Element::F16 };
+            let gemm = Gemm { m: 8192, n: 8192, k: 8192, a_along_k, b_along_k, element: Element::F16, half: None };
             for tile in SHAPES.into_iter().map(|shape| CoopTile::new(&caps, &gemm, shape)) {
                 assert!(tile.is_some_and(|tile| tile.workgroup_bytes(&gemm) <= 24 << 10), "{gemm:?}: {tile:?}");
             }
@@ -311,7 +351,7 @@ mod tests {
         let matrices = vec![MatrixKind { size: 16, factors: Element::F16 }];
         let caps = Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() };
         let block = |m, n| {
-            let gemm = Gemm { m, n, k: 512, a_along_k: true, b_along_k: true, element: Element::F16 };
+            let gemm = Gemm { m, n, k: 512, a_along_k: true, b_along_k: true, element: Element::F16, half: None };
             Tile::choose(&caps, &gemm, 1).0.block()
         };
         assert_eq!(block(98_304, 1024), [128, 128]);
