@@ -271,6 +271,48 @@ fn one_level_is_dense_attention() -> Result<()> {
     Ok(())
 }
 
+/// What a caller did not keep for the backward: o is scattered again, and dense attention takes other q, k and v.
+#[test]
+fn a_backward_needs_little_of_its_forward() -> Result<()> {
+    for levels in [1, 3] {
+        let (config, shape) = (config(levels, 2, 16, 8), shape(1, 100, 2, 1, 16, Element::F32));
+        let mut recording = Recording::new(&Caps::cpu());
+        let recorded = record(&mut recording, config, shape)?;
+        let layer = LighthouseAttention::new(config, shape)?;
+        let o = layer.record_output(&mut recording, &recorded.forward)?;
+        let before = recording.len();
+        let q = recording.external("q", shape.element, &shape.q())?;
+        let k = recording.external("k", shape.element, &shape.kv())?;
+        let v = recording.external("v", shape.element, &shape.kv())?;
+        let [.., d_o] = recorded.inputs;
+        let again = layer.record_backward(&mut recording, &recorded.forward.with_inputs([q, k, v]), d_o)?;
+        let pairs = [
+            (recorded.forward.o, o),
+            (recorded.gradients.dq, again.dq),
+            (recorded.gradients.dk, again.dk),
+            (recorded.gradients.dv, again.dv),
+        ];
+        let mut executor = CpuExecutor::<f32>::new(Arc::new(recording));
+        let values = values(12, &recorded);
+        for (tensor, values) in recorded.inputs.iter().zip(&values) {
+            executor.write(*tensor, values)?;
+        }
+        executor.run_range(0..before)?;
+        // Dense attention's q, k and v are gone by then.
+        for (tensor, values) in [q, k, v].into_iter().zip(&values) {
+            executor.write(tensor, values)?;
+        }
+        for tensor in recorded.inputs.into_iter().take(3) {
+            executor.clear(tensor)?;
+        }
+        executor.run_range(before..executor.recording().len())?;
+        for (tensor, again) in pairs {
+            assert_eq!(executor.read(tensor)?, executor.read(again)?, "{levels} levels");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn a_callers_device_buffers_and_encoder_serve() -> Result<()> {
     let (config, shape) = (config(2, 2, 16, 8), shape(1, 150, 2, 2, 16, Element::F32));

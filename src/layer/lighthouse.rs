@@ -3,6 +3,7 @@ use crate::error::Result;
 use crate::layer::{DenseAttention, Forward, Gradients};
 use crate::recording::Recording;
 use crate::stage::flash::{self, FlashShape};
+use crate::stage::select::Selection;
 use crate::stage::{gather, pool_score, scatter, select};
 use crate::tensor::Tensor;
 
@@ -75,9 +76,26 @@ impl LighthouseAttention {
         let selection = select::record(recording, shape, pyramid, scores)?;
         let gathered = gather::record_forward(recording, shape, pyramid, qkv, pooled.pyramid, selection.indices)?;
         let attention = flash::record_forward(recording, &self.flash(), gathered, None)?;
-        let o = recording.scratch("o", shape.element, &shape.q())?;
-        scatter::record_forward(recording, shape, pyramid, attention.o, selection.positions, o)?;
+        let o = self.record_scatter(recording, attention.o, &selection)?;
         Ok(Forward { o, selection: Some(selection), qkv: gathered, attention })
+    }
+
+    fn record_scatter(&self, recording: &mut Recording, from: Tensor, selection: &Selection) -> Result<Tensor> {
+        let o = recording.scratch("o", self.shape.element, &self.shape.q())?;
+        scatter::record_forward(recording, &self.shape, &self.pyramid, from, selection.positions, o)?;
+        Ok(o)
+    }
+
+    /// Records o of a forward of the same recording once more, from what its backward keeps of it: a scatter, for callers
+    /// who would keep o itself until then. Dense attention's own backward needs o, which is given back.
+    ///
+    /// # Errors
+    /// As [`record_forward`](Self::record_forward).
+    pub fn record_output(&self, recording: &mut Recording, forward: &Forward) -> Result<Tensor> {
+        match &forward.selection {
+            Some(selection) => self.record_scatter(recording, forward.attention.o, selection),
+            None => Ok(forward.o),
+        }
     }
 
     /// Records the backward of a forward of the same recording, for d_o `[B, N, H, D]`. Selection has no gradient: the

@@ -23,6 +23,15 @@ pub struct Forward {
     attention: FlashForward,
 }
 
+impl Forward {
+    /// For a backward whose caller did not keep q, k and v but computed them again: what dense attention runs on. The
+    /// backward of Lighthouse Attention needs the gathered sub-sequences only.
+    #[must_use]
+    pub fn with_inputs(self, qkv: [Tensor; 3]) -> Self {
+        Self { qkv: if self.selection.is_some() { self.qkv } else { qkv }, ..self }
+    }
+}
+
 /// The gradients of a layer's inputs; scratch as [`Forward::o`].
 #[derive(Clone, Copy, Debug)]
 pub struct Gradients {
