@@ -123,25 +123,24 @@ fn linear_matches_the_reference() {
     {
         for element in ELEMENTS {
             let shape = LinearShape { rows, inputs: width_in, outputs: width_out, element };
-            for add in [false, true] {
-                check(&format!("{shape:?}, residual {add}"), 2.0, &|recording| {
+            for with_residual in [false, true] {
+                check(&format!("{shape:?}, residual {with_residual}"), 2.0, &|recording| {
                     let mut inputs = Inputs::new(recording, 5);
                     let x = inputs.float("x", element, &[rows, width_in])?;
                     let weight = inputs.float("weight", element, &[width_out, width_in])?;
                     let residual =
-                        if add { Some(inputs.float("residual", element, &[rows, width_out])?) } else { None };
+                        if with_residual { Some(inputs.float("residual", element, &[rows, width_out])?) } else { None };
                     let y = linear::record_forward(inputs.recording, &shape, x, weight, residual)?;
                     inputs.compare(&[y])
                 });
-                check(&format!("backward of the input, {shape:?}, add {add}"), 3.0, &|recording| {
-                    let mut inputs = Inputs::new(recording, 6);
-                    let d_y = inputs.float("d_y", element, &[rows, width_out])?;
-                    let weight = inputs.float("weight", element, &[width_out, width_in])?;
-                    let other = if add { Some(inputs.float("other", element, &[rows, width_in])?) } else { None };
-                    let d_x = linear::record_backward_input(inputs.recording, &shape, d_y, weight, other)?;
-                    inputs.compare(&[d_x])
-                });
             }
+            check(&format!("backward of the input, {shape:?}"), 3.0, &|recording| {
+                let mut inputs = Inputs::new(recording, 6);
+                let d_y = inputs.float("d_y", element, &[rows, width_out])?;
+                let weight = inputs.float("weight", element, &[width_out, width_in])?;
+                let d_x = linear::record_backward_input(inputs.recording, &shape, d_y, weight)?;
+                inputs.compare(&[d_x])
+            });
         }
     }
 }
@@ -352,7 +351,7 @@ fn parameters_can_be_views() {
             let shape = CrossEntropyShape { rows, vocab, element };
             let out = cross_entropy::record_forward_backward(recording, &shape, logits, ids, 8.0)?;
             linear::record_backward_weight(recording, &linear, out.d_logits, y.y, d_output)?;
-            let d_y = linear::record_backward_input(recording, &linear, out.d_logits, output, None)?;
+            let d_y = linear::record_backward_input(recording, &linear, out.d_logits, output)?;
             let saved = [x, norm_weight, y.inverse_rms];
             let d_x = rms_norm::record_backward(recording, &norm, saved, d_y, None, d_norm_weight)?;
             embedding::record_backward(recording, &embedding, ids, d_x, d_table)?;
@@ -453,7 +452,7 @@ fn gradients_match_finite_differences() {
         let d_y = inputs.float("d_y", element, &[19, 8])?;
         let d_weight = inputs.output("d_weight", &[8, 16])?;
         let y = linear::record_forward(inputs.recording, &shape, x, weight, None)?;
-        let d_x = linear::record_backward_input(inputs.recording, &shape, d_y, weight, None)?;
+        let d_x = linear::record_backward_input(inputs.recording, &shape, d_y, weight)?;
         linear::record_backward_weight(inputs.recording, &shape, d_y, x, d_weight)?;
         Ok(Gradients { probe: inputs.probe, forward: 1, y, d_y, pairs: vec![(x, d_x), (weight, d_weight)] })
     });
@@ -476,7 +475,7 @@ fn gradients_match_finite_differences() {
             let qkv = qkv::record_forward(recording, &shape, angles, x, weight)?;
             let d_y = qkv::record_backward(recording, &shape, angles, d_qkv)?;
             linear::record_backward_weight(recording, &linear, d_y, x, d_weight)?;
-            let d_x = linear::record_backward_input(recording, &linear, d_y, weight, None)?;
+            let d_x = linear::record_backward_input(recording, &linear, d_y, weight)?;
             let (y, d_y) = (qkv[output as usize], d_qkv[output as usize]);
             Ok(Gradients { probe: inputs.probe, forward: 1, y, d_y, pairs: vec![(x, d_x), (weight, d_weight)] })
         });
@@ -498,7 +497,7 @@ fn gradients_match_finite_differences() {
         let back = swiglu::record_backward(recording, &shape, swiglu.gate_up, d_z, down_weight)?;
         linear::record_backward_weight(recording, &down, d_z, back.y, d_down_weight)?;
         linear::record_backward_weight(recording, &gate_up, back.d_gate_up, x, d_weight)?;
-        let d_x = linear::record_backward_input(recording, &gate_up, back.d_gate_up, weight, None)?;
+        let d_x = linear::record_backward_input(recording, &gate_up, back.d_gate_up, weight)?;
         let pairs = vec![(x, d_x), (weight, d_weight), (down_weight, d_down_weight)];
         Ok(Gradients { probe: inputs.probe, forward: 2, y: z, d_y: d_z, pairs })
     });

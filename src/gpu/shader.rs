@@ -42,7 +42,7 @@ shaders! {
     "nn/grad_norm",
     "nn/grad_norm_total",
     "nn/linear",
-    "nn/linear_add",
+    "nn/linear_residual",
     "nn/linear_weight",
     "nn/qkv",
     "nn/qkv_backward",

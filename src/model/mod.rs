@@ -359,7 +359,7 @@ impl Model {
         recording.keep(loss.loss)?;
 
         // Backward.
-        let d_norm = linear::record_backward_input(recording, &head, loss.d_logits, views.weight(self.head)?, None)?;
+        let d_norm = linear::record_backward_input(recording, &head, loss.d_logits, views.weight(self.head)?)?;
         linear::record_backward_weight(recording, &head, loss.d_logits, norm.y, views.gradient(self.head)?)?;
         let mut d_x = rms_norm::record_backward(
             recording,
@@ -450,7 +450,7 @@ impl Model {
         let linear = |recording: &mut Recording, outputs, inputs, parameter, d_y, x| {
             let shape = config.linear(inputs, outputs);
             linear::record_backward_weight(recording, &shape, d_y, x, views.gradient(parameter)?)?;
-            linear::record_backward_input(recording, &shape, d_y, views.weight(parameter)?, None)
+            linear::record_backward_input(recording, &shape, d_y, views.weight(parameter)?)
         };
         let norm = |recording: &mut Recording, parameter, x, norm: RmsNorm, d_y, d_residual| {
             let saved = [x, views.weight(parameter)?, norm.inverse_rms];

@@ -19,7 +19,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let d_weight = recording.external("d_weight", Element::F32, &[size, size])?;
     let y = linear::record_forward(&mut recording, &shape, x, weight, None)?;
     let forward = recording.len();
-    let d_x = linear::record_backward_input(&mut recording, &shape, d_y, weight, None)?;
+    let d_x = linear::record_backward_input(&mut recording, &shape, d_y, weight)?;
     let input = recording.len();
     linear::record_backward_weight(&mut recording, &shape, d_y, x, d_weight)?;
     let rows = [

@@ -51,12 +51,16 @@ pub fn record_forward(
     let gemm = Gemm::forward(rows, inputs, outputs, element);
     let command =
         Command::new("linear", reference::Forward { shape: *shape }).reads("a", x).reads("b", weight).writes("c", y);
-    record_rows(recording, shape, gemm, command, residual)?;
+    let Some(residual) = residual else {
+        record_rows(recording, gemm, command, "nn/linear")?;
+        return Ok(y);
+    };
+    recording.require("residual", residual, element, &[rows, outputs])?;
+    record_rows(recording, gemm, command.reads("residual", residual), "nn/linear_residual")?;
     Ok(y)
 }
 
-/// Records dx `[T, inputs]` = dy W for `d_y` `[T, outputs]`, plus `add` `[T, inputs]` if there is one: the gradient that
-/// other users of x gave.
+/// Records dx `[T, inputs]` = dy W for `d_y` `[T, outputs]`.
 ///
 /// # Errors
 /// Sizes that are not allowed, or tensors that do not have them.
@@ -65,7 +69,6 @@ pub fn record_backward_input(
     shape: &LinearShape,
     d_y: Tensor,
     weight: Tensor,
-    add: Option<Tensor>,
 ) -> Result<Tensor> {
     shape.check()?;
     let &LinearShape { rows, inputs, outputs, element } = shape;
@@ -77,7 +80,7 @@ pub fn record_backward_input(
         .reads("a", d_y)
         .reads("b", weight)
         .writes("c", d_x);
-    record_rows(recording, shape, gemm, command, add)?;
+    record_rows(recording, gemm, command, "nn/linear")?;
     Ok(d_x)
 }
 
@@ -109,20 +112,8 @@ pub fn record_backward_weight(
     recording.push(command)
 }
 
-/// Records a GEMM whose outputs are rows of activations, with what is added to them.
-fn record_rows(
-    recording: &mut Recording,
-    shape: &LinearShape,
-    gemm: Gemm,
-    mut command: Command,
-    add: Option<Tensor>,
-) -> Result<()> {
-    let mut shader = "nn/linear";
-    if let Some(add) = add {
-        recording.require("the tensor to be added", add, shape.element, &[gemm.m, gemm.n])?;
-        command = command.reads("add", add);
-        shader = "nn/linear_add";
-    }
+/// Records a GEMM whose outputs are rows of activations.
+fn record_rows(recording: &mut Recording, gemm: Gemm, command: Command, shader: &'static str) -> Result<()> {
     let plan = GemmPlan::whole(recording.caps(), &gemm);
     let kernel = gemm::kernel(recording.caps(), shader, &gemm, &plan);
     let command = gemm::dispatch(recording, command, kernel, &gemm, &plan)?;

@@ -12,7 +12,7 @@ use super::LinearShape;
 /// Rows that a thread takes at a time, while a row of the other factor is in its cache.
 const ROWS: usize = 16;
 
-/// y\[t\] = W x\[t\].
+/// y\[t\] = W x\[t\], plus the residual if there is one.
 pub(super) struct Forward {
     pub shape: LinearShape,
 }
@@ -22,7 +22,10 @@ impl Reference for Forward {
         let LinearShape { inputs, outputs, .. } = self.shape;
         let mut y = args.write("c")?;
         forward(&mut y, &args.read("a")?, &args.read("b")?, [inputs, outputs]);
-        add(args, &mut y)
+        if args.has("residual") {
+            axpy(&mut y, T::one(), &args.read("residual")?);
+        }
+        Ok(())
     }
 }
 
@@ -47,7 +50,7 @@ impl Reference for BackwardInput {
         let LinearShape { inputs, outputs, .. } = self.shape;
         let mut d_x = args.write("c")?;
         backward_input(&mut d_x, &args.read("a")?, &args.read("b")?, [inputs, outputs]);
-        add(args, &mut d_x)
+        Ok(())
     }
 }
 
@@ -83,12 +86,4 @@ impl Reference for BackwardWeight {
         });
         Ok(())
     }
-}
-
-/// Adds the tensor that is to be added, if there is one.
-fn add<T: Real>(args: &Args<'_, T>, rows: &mut [T]) -> Result<()> {
-    if args.has("add") {
-        axpy(rows, T::one(), &args.read("add")?);
-    }
-    Ok(())
 }
