@@ -198,6 +198,11 @@ impl LighthouseConfig {
 }
 
 impl Pyramid {
+    /// Tokens that an entry of the coarsest level covers, p^(L-1).
+    pub fn coarsest_window(&self) -> usize {
+        self.levels.last().map_or(1, |level| level.window)
+    }
+
     /// The coarsest entries of chunk c: [floor(c n / C), floor((c+1) n / C)).
     pub fn chunk(&self, c: usize) -> std::ops::Range<usize> {
         let n = self.levels.last().map_or(0, |level| level.entries);

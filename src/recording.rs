@@ -24,6 +24,45 @@ pub(crate) struct Arg {
     pub name: &'static str,
     pub tensor: Tensor,
     pub access: Access,
+    /// It is `[B, N, ..]`, and its kernels can have it in slices of tokens.
+    pub by_tokens: bool,
+}
+
+/// The part of its tensors that a dispatch binds.
+#[derive(Clone, Debug)]
+pub(crate) struct Slice {
+    /// Entries of the batch, the outermost axis of every tensor.
+    pub entries: Range<u64>,
+    /// Length of that axis.
+    pub batch: u64,
+    /// Of arguments that are `by_tokens` some tokens of the one entry, and all that it has.
+    pub tokens: Option<(Range<u64>, u64)>,
+}
+
+impl Slice {
+    /// Offset in the tensor and length, in bytes.
+    pub fn bytes(&self, arg: &Arg) -> (u64, u64) {
+        let entry = arg.tensor.len / self.batch * arg.tensor.element.bytes();
+        let (first, len) = (self.entries.start * entry, (self.entries.end - self.entries.start) * entry);
+        match &self.tokens {
+            Some((tokens, all)) if arg.by_tokens => {
+                let token = entry / all;
+                (first + tokens.start * token, (tokens.end - tokens.start) * token)
+            }
+            _ => (first, len),
+        }
+    }
+}
+
+/// How a stage can be cut along the tokens of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TokenSlices {
+    /// N.
+    pub tokens: usize,
+    /// Slices begin at multiples of this.
+    pub multiple: usize,
+    /// A slice's binding goes on for this many tokens behind it.
+    pub overlap: usize,
 }
 
 /// One dispatch of a kernel. It binds the command's arguments by name.
@@ -35,8 +74,8 @@ pub(crate) struct Dispatch {
     pub workgroups: [u32; 3],
     /// Floating-point operations, for the watchdog rule (design section 5).
     pub work: u64,
-    /// The slice of the outermost axis that this dispatch sees, and that axis's length; `None` binds whole tensors.
-    pub slice: Option<(Range<u64>, u64)>,
+    /// `None` binds whole tensors.
+    pub slice: Option<Slice>,
 }
 
 /// One stage's work: its tensors, its dispatches for the GPU and its reference for the CPU.
@@ -80,17 +119,23 @@ impl Command {
     }
 
     pub(crate) fn reads(mut self, name: &'static str, tensor: Tensor) -> Self {
-        self.args.push(Arg { name, tensor, access: Access::Read });
+        self.args.push(Arg { name, tensor, access: Access::Read, by_tokens: false });
         self
     }
 
     pub(crate) fn writes(mut self, name: &'static str, tensor: Tensor) -> Self {
-        self.args.push(Arg { name, tensor, access: Access::Write });
+        self.args.push(Arg { name, tensor, access: Access::Write, by_tokens: false });
         self
     }
 
     pub(crate) fn updates(mut self, name: &'static str, tensor: Tensor) -> Self {
-        self.args.push(Arg { name, tensor, access: Access::ReadWrite });
+        self.args.push(Arg { name, tensor, access: Access::ReadWrite, by_tokens: false });
+        self
+    }
+
+    /// Marks arguments that kernels can have in slices of tokens.
+    pub(crate) fn by_tokens(mut self, names: &[&str]) -> Self {
+        self.args.iter_mut().for_each(|arg| arg.by_tokens = names.contains(&arg.name));
         self
     }
 
@@ -129,46 +174,110 @@ impl Command {
         kernel: Kernel,
         make: impl Fn(usize) -> Result<Vec<(P, [u32; 3], u64)>>,
     ) -> Result<Self> {
-        let limit = caps.limits.max_storage_buffer_binding_size;
         let batch = batch as u64;
-        let largest = self.args.iter().map(|arg| arg.tensor.bytes()).max().unwrap_or(0);
-        if largest <= limit {
-            for (params, workgroups, work) in make(batch as usize)? {
-                self = self.dispatch(kernel.clone(), params, workgroups, work);
-            }
-            return Ok(self);
-        }
-        let alignment = u64::from(caps.limits.min_storage_buffer_offset_alignment);
-        let mut step = (limit / (largest / batch).max(1)).min(batch);
-        let aligned = |step: u64| {
-            self.args
-                .iter()
-                .all(|arg| (arg.tensor.len / batch * step * arg.tensor.element.bytes()).is_multiple_of(alignment))
-        };
-        while step > 0 && !aligned(step) {
-            step -= 1;
-        }
+        let step = self.entries_at_once(caps, batch);
         if step == 0 {
-            let arg = self.args.iter().max_by_key(|arg| arg.tensor.bytes());
-            return Err(Error::Limit {
-                what: format!("one batch entry of `{}` in stage {}", arg.map_or("", |arg| arg.name), self.stage),
-                needed: largest / batch,
-                limit: "max_storage_buffer_binding_size",
-                available: limit,
-            });
+            return Err(self.too_large(caps, batch, |_| true));
         }
         let mut start = 0;
         while start < batch {
             let end = (start + step).min(batch);
             for (params, workgroups, work) in make((end - start) as usize)? {
-                self = self.dispatch(kernel.clone(), params, workgroups, work);
-                if let Some(dispatch) = self.dispatches.last_mut() {
-                    dispatch.slice = Some((start..end, batch));
-                }
+                let slice = (step < batch).then_some(Slice { entries: start..end, batch, tokens: None });
+                self = self.dispatch_slice(kernel.clone(), params, workgroups, work, slice);
             }
             start = end;
         }
         Ok(self)
+    }
+
+    /// As [`dispatch_batched`](Self::dispatch_batched), and where not even one batch entry fits a binding, dispatches for
+    /// slices of its tokens: of the arguments named in [`by_tokens`](Self::by_tokens). The kernel has the flag `SLICED`
+    /// (`shaders/shared/token_slice.wgsl`), and `make(batch, tokens)` is for these tokens.
+    pub(crate) fn dispatch_tokens<P: Params>(
+        mut self,
+        caps: &Caps,
+        batch: usize,
+        slices: TokenSlices,
+        kernel: Kernel,
+        make: impl Fn(usize, Range<usize>) -> Result<(P, [u32; 3], u64)>,
+    ) -> Result<Self> {
+        let TokenSlices { tokens, multiple, overlap } = slices;
+        let entries = batch as u64;
+        if self.entries_at_once(caps, entries) > 0 {
+            return self.dispatch_batched(caps, batch, kernel.flag("SLICED", false), |batch| make(batch, 0..tokens));
+        }
+        let kernel = kernel.flag("SLICED", true);
+        let limit = caps.limits.max_storage_buffer_binding_size;
+        let alignment = u64::from(caps.limits.min_storage_buffer_offset_alignment);
+        let bytes = |arg: &Arg| arg.tensor.bytes() / entries;
+        // Of one token, in the tensors that are cut.
+        let of_token = || self.args.iter().filter(|arg| arg.by_tokens).map(|arg| bytes(arg) / tokens as u64);
+        let rest = |arg: &Arg| !arg.by_tokens;
+        let rest_fits = self.args.iter().filter(|arg| rest(arg)).all(|arg| bytes(arg) <= limit);
+        let entries_aligned = batch == 1 || self.args.iter().all(|arg| bytes(arg).is_multiple_of(alignment));
+        if !(rest_fits && entries_aligned) {
+            return Err(self.too_large(caps, entries, |arg| rest_fits || rest(arg)));
+        }
+        let most = of_token().max().map_or(0, |largest| limit / largest.max(1)) as usize;
+        let mut step = most.saturating_sub(overlap) / multiple * multiple;
+        while step > 0 && !of_token().all(|bytes| (bytes * step as u64).is_multiple_of(alignment)) {
+            step -= multiple;
+        }
+        if step == 0 {
+            return Err(self.too_large(caps, entries, |arg| arg.by_tokens));
+        }
+        for entry in 0..entries {
+            for start in (0..tokens).step_by(step) {
+                let end = (start + step).min(tokens);
+                let (params, workgroups, work) = make(1, start..end)?;
+                let bound = start as u64..(end + overlap).min(tokens) as u64;
+                let slice = Slice { entries: entry..entry + 1, batch: entries, tokens: Some((bound, tokens as u64)) };
+                self = self.dispatch_slice(kernel.clone(), params, workgroups, work, Some(slice));
+            }
+        }
+        Ok(self)
+    }
+
+    fn dispatch_slice<P: Params>(
+        mut self,
+        kernel: Kernel,
+        params: P,
+        workgroups: [u32; 3],
+        work: u64,
+        slice: Option<Slice>,
+    ) -> Self {
+        self = self.dispatch(kernel, params, workgroups, work);
+        if let Some(dispatch) = self.dispatches.last_mut() {
+            dispatch.slice = slice;
+        }
+        self
+    }
+
+    /// The batch entries whose part of every tensor fits a binding and begins where one can begin; 0 if there is no such
+    /// number.
+    fn entries_at_once(&self, caps: &Caps, batch: u64) -> u64 {
+        let limit = caps.limits.max_storage_buffer_binding_size;
+        let largest = self.args.iter().map(|arg| arg.tensor.bytes()).max().unwrap_or(0);
+        if largest <= limit {
+            return batch;
+        }
+        let alignment = u64::from(caps.limits.min_storage_buffer_offset_alignment);
+        let aligned =
+            |step: u64| self.args.iter().all(|arg| (arg.tensor.bytes() / batch * step).is_multiple_of(alignment));
+        let most = (limit / (largest / batch).max(1)).min(batch);
+        (1..=most).rev().find(|&step| aligned(step)).unwrap_or(0)
+    }
+
+    /// The error for the largest of these tensors.
+    fn too_large(&self, caps: &Caps, batch: u64, of: impl Fn(&Arg) -> bool) -> Error {
+        let arg = self.args.iter().filter(|arg| of(arg)).max_by_key(|arg| arg.tensor.bytes());
+        Error::Limit {
+            what: format!("one batch entry of `{}` in stage {}", arg.map_or("", |arg| arg.name), self.stage),
+            needed: arg.map_or(0, |arg| arg.tensor.bytes() / batch),
+            limit: "max_storage_buffer_binding_size",
+            available: caps.limits.max_storage_buffer_binding_size,
+        }
     }
 }
 

@@ -387,9 +387,8 @@ fn the_gpu_takes_over_from_the_cpu_at_any_stage() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_batch_in_slices_gives_the_same_bits() -> Result<()> {
-    let (config, shape) = (config(3, 2, 16, 8), shape(3, 256, 2, 1, 64, Element::F32));
+/// Runs a layer planned for bindings of the device's size and then for bindings of `bytes`, and compares.
+fn slices_give_the_same_bits(config: LighthouseConfig, shape: Shape, bytes: usize) -> Result<()> {
     for device in devices() {
         let run = |caps: &Caps| -> Result<(usize, Vec<Vec<f32>>)> {
             let mut recording = Recording::new(caps);
@@ -405,12 +404,54 @@ fn a_batch_in_slices_gives_the_same_bits() -> Result<()> {
             Ok((dispatches, outputs.into_iter().collect::<Result<_>>()?))
         };
         let (whole, expected) = run(device.gpu.caps())?;
-        // Bindings that hold two of the three sequences of the largest tensor.
         let mut caps = device.gpu.caps().clone();
-        caps.limits.max_storage_buffer_binding_size = 2 * (shape.tokens * shape.heads * shape.head_dim * 4) as u64 * 2;
+        caps.limits.max_storage_buffer_binding_size = bytes as u64;
         let (sliced, outputs) = run(&caps)?;
         assert!(sliced > whole, "{sliced} dispatches in slices, {whole} whole");
         assert!(outputs == expected, "the bits differ on {}, {}", device.adapter, device.tier);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_batch_in_slices_gives_the_same_bits() -> Result<()> {
+    let shape = shape(3, 256, 2, 1, 64, Element::F32);
+    // Bindings that hold two of the three sequences of the largest tensor.
+    let bytes = 2 * (shape.tokens * shape.heads * shape.head_dim * 4) * 2;
+    slices_give_the_same_bits(config(3, 2, 16, 8), shape, bytes)
+}
+
+/// The paper's longest sequence: q has four bytes more than NVIDIA's largest binding. Nothing is run.
+#[test]
+fn a_million_tokens_of_eight_heads_can_be_recorded() -> Result<()> {
+    let mut caps = Caps::default();
+    caps.limits.max_storage_buffer_binding_size = (1 << 31) - 4;
+    caps.limits.max_buffer_size = 1 << 32;
+    let million = shape(1, 1 << 20, 8, 8, 128, Element::F16);
+    let mut recording = Recording::new(&caps);
+    record(&mut recording, config(5, 4, 2048, 128), million)?;
+    let sliced: Vec<&str> = recording
+        .commands()
+        .iter()
+        .filter(|command| command.dispatches() == 2)
+        .map(|command| command.stage())
+        .collect();
+    assert_eq!(sliced, ["pool_score", "gather", "scatter", "scatter_backward", "gather_backward"]);
+    // A pyramid that is larger than a binding is not cut.
+    let error = record(&mut Recording::new(&caps), config(2, 2, 2048, 128), million).err().expect("too large");
+    assert!(error.to_string().contains("one batch entry of `pyramid` in stage pool_score"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_sequence_in_slices_gives_the_same_bits() -> Result<()> {
+    for (element, batch, tokens, kv_heads) in
+        [(Element::F32, 1, 1003, 1), (Element::F16, 1, 1003, 1), (Element::F16, 1, 900, 2), (Element::F32, 2, 1024, 1)]
+    {
+        let shape = shape(batch, tokens, 2, kv_heads, 64, element);
+        // Bindings that hold the pyramid of a sequence, but not all of its tokens.
+        let bytes = tokens * (shape.heads + 2 * kv_heads) * 64 * element.bytes() as usize * 8 / 25;
+        slices_give_the_same_bits(config(3, 4, 16, 8), shape, bytes)?;
     }
     Ok(())
 }

@@ -127,6 +127,11 @@ fn recordings(caps: &Caps, head_dims: &[usize]) -> Result<Vec<Recording>> {
         }
         recordings.push(attention(caps, element, 1, 8320)?);
         recordings.push(attention(caps, element, 64, 1024)?);
+        // In slices of tokens.
+        let mut small = caps.clone();
+        small.limits.max_storage_buffer_binding_size = 80 << 10 >> u32::from(element == Element::F16);
+        let config = LighthouseConfig { levels: 3, pooling: 4, top_k: 4, chunk: 4 };
+        recordings.push(layer(&small, config, Shape { tokens: 256, ..shape(64) })?);
         for (width, heads, hidden, tokens) in [(16, 2, 24, 40), (128, 1, 192, 600), (1280, 5, 24, 16)] {
             recordings.push(model(caps, width, heads, hidden, tokens, element)?);
         }

@@ -4,6 +4,7 @@
 // Workgroup id x: b * H + h, y: rows of the sub-sequence, z: 0 = q, 1 = k, 2 = v.
 
 #import shared/rows
+#import shared/token_slice
 
 struct Params {
     tokens: u32,
@@ -12,6 +13,8 @@ struct Params {
     kv_heads: u32,
     entries: u32, // P
     gathered: u32, // S
+    first_token: u32, // of the slice, see shared/token_slice
+    end_token: u32,
 }
 
 @group(0) @binding(0) var<storage, read> q: array<vec4<u32>>;                    // [B, N, H, D]
@@ -45,11 +48,15 @@ fn main(
 
     for (var row = workgroup.y * ROWS + group; row < params.gathered; row += workgroups.y * ROWS) {
         let entry = indices[workgroup.x * params.gathered + row];
+        // What is no token comes with the first slice.
+        if (!in_slice(select(0u, entry, entry < params.tokens))) {
+            continue;
+        }
         var value = vec4<u32>(0u); // tokens past N
         if (entry >= params.padded_tokens) {
             value = pyramid[(pooled_row + (entry - params.padded_tokens) * heads + head) * LOADS + load];
         } else if (entry < params.tokens) {
-            let at = ((batch * params.tokens + entry) * heads + head) * LOADS + load;
+            let at = (token_row(batch, entry) * heads + head) * LOADS + load;
             switch (tensor) {
                 case 0u: { value = q[at]; }
                 case 1u: { value = k[at]; }

@@ -9,6 +9,7 @@
 
 #import shared/pyramid
 #import shared/rows
+#import shared/token_slice
 
 struct Params {
     batch: u32,
@@ -18,6 +19,8 @@ struct Params {
     kv_heads: u32,
     entries: u32, // P
     gathered: u32, // S
+    first_token: u32, // of the slice, see shared/token_slice
+    end_token: u32,
 }
 
 @group(0) @binding(0) var<storage, read> gathered_dq: array<vec4<u32>>;  // [B, H, S, D]
@@ -54,7 +57,8 @@ fn main(
     let head = workgroup.x % heads;
     let group = select(GROUP, 1u, tensor == 0u);
 
-    for (var parent = workgroup.y * ROWS + lane_group; parent * POOLING < params.tokens; parent += workgroups.y * ROWS) {
+    let first_parent = first_token() / POOLING + workgroup.y * ROWS + lane_group;
+    for (var parent = first_parent; parent * POOLING < end_token(); parent += workgroups.y * ROWS) {
         let first = parent * POOLING;
         var coarser: array<vec4<f32>, WIDE>;
         for (var g = 0u; g < group; g++) {
@@ -102,8 +106,8 @@ fn main(
                 #end
             }
             #for i in 0..2
-            if (token$i < params.tokens) {
-                let to = ((batch * params.tokens + token$i) * heads + head) * LOADS + load;
+            if (token$i < end_token()) {
+                let to = (token_row(batch, token$i) * heads + head) * LOADS + load;
                 let value = pack_wide(sum$i);
                 switch (tensor) {
                     case 0u: { dq[to] = value; }

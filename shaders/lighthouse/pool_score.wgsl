@@ -10,6 +10,7 @@
 #import shared/grid
 #import shared/pyramid
 #import shared/rows
+#import shared/token_slice
 
 struct Params {
     batch: u32,
@@ -18,6 +19,8 @@ struct Params {
     heads: u32,
     kv_heads: u32,
     entries: u32, // P
+    first_token: u32, // of the slice, see shared/token_slice
+    end_token: u32,
 }
 
 @group(0) @binding(0) var<storage, read> q: array<vec4<u32>>;                // [B, N, H, D]
@@ -52,14 +55,16 @@ fn main(
 ) {
     let tensor = workgroup.z;
     let heads = select(params.kv_heads, params.heads, tensor == 0u);
-    let coarse = params.padded_tokens / window(LEVELS - 1u);
+    let coarsest = window(LEVELS - 1u);
+    let first_coarse = first_token() / coarsest;
+    let coarse = select(params.padded_tokens / coarsest, (end_token() + coarsest - 1u) / coarsest - first_coarse, SLICED);
     let load = invocation % LOADS;
     let group = invocation / LOADS;
     // Row groups count heads fastest: neighbours read neighbouring memory.
     let unit = linear_workgroup(workgroup, workgroups) * ROWS + group;
     let live = group < ROWS && unit < params.batch * coarse * heads;
     let head = unit % heads;
-    let entry = unit / heads % coarse;
+    let entry = first_coarse + unit / heads % coarse;
     let batch = unit / (heads * coarse);
 
     let first = entry * window(LEVELS - 1u);
@@ -75,7 +80,7 @@ fn main(
         #for i in 0..4
         var value$i = vec4<u32>(0u);
         if (live && first + t0 + $iu < params.tokens) {
-            let at = ((batch * params.tokens + first + t0 + $iu) * heads + head) * LOADS + load;
+            let at = (token_row(batch, first + t0 + $iu) * heads + head) * LOADS + load;
             switch (tensor) {
                 case 0u: { value$i = q[at]; }
                 case 1u: { value$i = k[at]; }

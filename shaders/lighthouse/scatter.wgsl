@@ -8,6 +8,7 @@
 
 #import shared/pyramid
 #import shared/rows
+#import shared/token_slice
 
 struct Params {
     tokens: u32,
@@ -15,6 +16,8 @@ struct Params {
     heads: u32,
     entries: u32, // P
     gathered: u32, // S
+    first_token: u32, // of the slice, see shared/token_slice
+    end_token: u32,
 }
 
 @group(0) @binding(0) var<storage, read> gathered_o: array<vec4<u32>>;   // [B, H, S, D]
@@ -38,7 +41,8 @@ fn main(
     let words = workgroup.x * params.entries;
     let rows = workgroup.x * params.gathered;
 
-    for (var block = workgroup.y * ROWS + group; block <= params.tokens / POOLING; block += workgroups.y * ROWS) {
+    let first_block = first_token() / POOLING;
+    for (var block = first_block + workgroup.y * ROWS + group; block <= end_token() / POOLING; block += workgroups.y * ROWS) {
         // Entry block - 1 of level 1 ends with the block's first token; the others are of entry `block`.
         let end = block * POOLING;
         var before = ABSENT;
@@ -81,12 +85,12 @@ fn main(
             }
             #end
             #for i in 0..2
-            if (token$i < params.tokens) {
+            if (token$i < params.tokens && in_slice(token$i)) {
                 var sum = unpack_wide(own$i);
                 #for w in 0..WIDE
                 sum[$w] += coarser[$w];
                 #end
-                o[((batch * params.tokens + token$i) * params.heads + head) * LOADS + load] = pack_wide(sum);
+                o[(token_row(batch, token$i) * params.heads + head) * LOADS + load] = pack_wide(sum);
             }
             #end
         }

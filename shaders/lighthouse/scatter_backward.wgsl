@@ -4,12 +4,15 @@
 
 #import shared/pyramid
 #import shared/rows
+#import shared/token_slice
 
 struct Params {
     tokens: u32,
     padded_tokens: u32,
     heads: u32,
     gathered: u32, // S
+    first_token: u32, // of the slice, see shared/token_slice
+    end_token: u32,
 }
 
 @group(0) @binding(0) var<storage, read> d_o: array<vec4<u32>>;                  // [B, N, H, D]
@@ -41,13 +44,17 @@ fn main(
             count = window($lu);
         }
         #end
+        // A slice's binding goes on for a window of the coarsest level; entries past the tokens come with the first one.
+        if (!in_slice(select(0u, first, first < params.tokens))) {
+            continue;
+        }
         var sum: array<vec4<f32>, WIDE>;
         // Windows are multiples of 2; two tokens' loads are in flight together.
         for (var i = 0u; i < count; i += 2u) {
             #for t in 0..2
             var value$t = vec4<u32>(0u);
             if ($tu < count - i && first + i + $tu < params.tokens) {
-                value$t = d_o[((batch * params.tokens + first + i + $tu) * params.heads + head) * LOADS + load];
+                value$t = d_o[(token_row(batch, first + i + $tu) * params.heads + head) * LOADS + load];
             }
             #end
             #for t in 0..2

@@ -364,9 +364,9 @@ fn bind(
                 let base = offset(recording, arg.tensor)?;
                 let (offset, size) = match &dispatch.slice {
                     None => (base, arg.tensor.bytes()),
-                    Some((range, axis)) => {
-                        let stride = arg.tensor.len / axis * arg.tensor.element.bytes();
-                        (base + range.start * stride, ((range.end - range.start) * stride).next_multiple_of(4))
+                    Some(slice) => {
+                        let (first, len) = slice.bytes(arg);
+                        (base + first, len.next_multiple_of(4))
                     }
                 };
                 wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(size) }

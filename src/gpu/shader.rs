@@ -74,6 +74,7 @@ shaders! {
     "shared/scan",
     "shared/sigmoid",
     "shared/tile",
+    "shared/token_slice",
     "shared/wide_f16",
     "shared/wide_f32",
 }

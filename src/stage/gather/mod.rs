@@ -6,11 +6,20 @@ mod reference;
 use crate::config::{Pyramid, Shape};
 use crate::error::Result;
 use crate::gpu::{Kernel, grid_of_rows, params, rows_per_workgroup};
-use crate::recording::{Command, Recording};
+use crate::recording::{Command, Recording, TokenSlices};
 use crate::stage::pool_score::pyramid_rows;
 use crate::tensor::{Element, Tensor};
 
-params!(GatherParams { tokens: u32, padded_tokens: u32, heads: u32, kv_heads: u32, entries: u32, gathered: u32 });
+params!(GatherParams {
+    tokens: u32,
+    padded_tokens: u32,
+    heads: u32,
+    kv_heads: u32,
+    entries: u32,
+    gathered: u32,
+    first_token: u32,
+    end_token: u32,
+});
 params!(GatherBackwardParams {
     batch: u32,
     tokens: u32,
@@ -19,6 +28,8 @@ params!(GatherBackwardParams {
     kv_heads: u32,
     entries: u32,
     gathered: u32,
+    first_token: u32,
+    end_token: u32,
 });
 
 /// Records the gather of q `[B, N, H, D]`, k, v `[B, N, KV, D]` and the pyramid by `indices` `[B, H, S]`; gives
@@ -57,7 +68,8 @@ pub fn record_forward(
         .writes("gathered_q", out[0])
         .writes("gathered_k", out[1])
         .writes("gathered_v", out[2])
-        .dispatch_batched(&caps, batch, kernel, |batch| {
+        .by_tokens(&["q", "k", "v"])
+        .dispatch_tokens(&caps, batch, TokenSlices { tokens, multiple: 1, overlap: 0 }, kernel, |batch, slice| {
             let params = GatherParams {
                 tokens: tokens as u32,
                 padded_tokens: pyramid.padded_tokens as u32,
@@ -65,6 +77,8 @@ pub fn record_forward(
                 kv_heads: kv_heads as u32,
                 entries: pyramid.entries as u32,
                 gathered: pyramid.gathered as u32,
+                first_token: slice.start as u32,
+                end_token: slice.end as u32,
             };
             let workgroups =
                 grid_of_rows(&caps, pyramid.gathered, rows_per_workgroup(head_dim, element), batch * heads, 3);
@@ -103,6 +117,7 @@ pub fn record_backward(
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling)
         .constant("GROUP", heads / kv_heads);
+    let slices = TokenSlices { tokens, multiple: pyramid.config.pooling, overlap: 0 };
     let command =
         Command::new("gather_backward", reference::GatherBackward { shape: *shape, pyramid: pyramid.clone() })
             .reads("gathered_dq", dq)
@@ -112,7 +127,8 @@ pub fn record_backward(
             .writes("dq", out[0])
             .writes("dk", out[1])
             .writes("dv", out[2])
-            .dispatch_batched(&caps, batch, kernel, |batch| {
+            .by_tokens(&["dq", "dk", "dv"])
+            .dispatch_tokens(&caps, batch, slices, kernel, |batch, slice| {
                 let params = GatherBackwardParams {
                     batch: batch as u32,
                     tokens: tokens as u32,
@@ -121,11 +137,13 @@ pub fn record_backward(
                     kv_heads: kv_heads as u32,
                     entries: pyramid.entries as u32,
                     gathered: pyramid.gathered as u32,
+                    first_token: slice.start as u32,
+                    end_token: slice.end as u32,
                 };
                 let rows = rows_per_workgroup(head_dim, element);
-                let parents = tokens.div_ceil(pyramid.config.pooling);
+                let parents = slice.len().div_ceil(pyramid.config.pooling);
                 let workgroups = grid_of_rows(&caps, parents, rows, batch * heads, 3);
-                Ok((params, workgroups, (3 * batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
+                Ok((params, workgroups, (3 * batch * slice.len() * heads * head_dim * pyramid.levels.len()) as u64))
             })?;
     recording.push(command)
 }

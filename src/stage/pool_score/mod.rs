@@ -5,10 +5,19 @@ mod reference;
 use crate::config::{Pyramid, Shape};
 use crate::error::Result;
 use crate::gpu::{Kernel, grid, params, rows_per_workgroup};
-use crate::recording::{Command, Recording};
+use crate::recording::{Command, Recording, TokenSlices};
 use crate::tensor::{Element, Tensor};
 
-params!(PoolScoreParams { batch: u32, tokens: u32, padded_tokens: u32, heads: u32, kv_heads: u32, entries: u32 });
+params!(PoolScoreParams {
+    batch: u32,
+    tokens: u32,
+    padded_tokens: u32,
+    heads: u32,
+    kv_heads: u32,
+    entries: u32,
+    first_token: u32,
+    end_token: u32,
+});
 
 /// What the stage gives.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +61,8 @@ pub fn record(
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);
-    let coarse = pyramid.levels.last().map_or(0, |level| level.entries);
+    let coarsest = pyramid.coarsest_window();
+    let slices = TokenSlices { tokens: shape.tokens, multiple: coarsest, overlap: 0 };
     let command = Command::new("pool_score", reference::PoolScoreReference { shape: *shape, pyramid: pyramid.clone() })
         .reads("q", q)
         .reads("k", k)
@@ -60,7 +70,8 @@ pub fn record(
         .writes("pyramid", out.pyramid)
         .writes("score_q", out.score_q)
         .writes("score_k", out.score_k)
-        .dispatch_batched(&caps, batch, kernel, |batch| {
+        .by_tokens(&["q", "k", "v"])
+        .dispatch_tokens(&caps, batch, slices, kernel, |batch, tokens| {
             let params = PoolScoreParams {
                 batch: batch as u32,
                 tokens: shape.tokens as u32,
@@ -68,10 +79,13 @@ pub fn record(
                 heads: heads as u32,
                 kv_heads: kv_heads as u32,
                 entries: entries as u32,
+                first_token: tokens.start as u32,
+                end_token: tokens.end as u32,
             };
+            let coarse = tokens.len().div_ceil(coarsest);
             let rows = rows_per_workgroup(head_dim, shape.element);
             let [x, y, _] = grid(&caps, (batch * coarse * heads).div_ceil(rows) as u64)?;
-            let work = 3 * (batch * (heads + 2 * kv_heads) * shape.tokens * head_dim) as u64;
+            let work = 3 * (batch * (heads + 2 * kv_heads) * tokens.len() * head_dim) as u64;
             Ok((params, [x, y, 3], work))
         })?;
     recording.push(command)?;

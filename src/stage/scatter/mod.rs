@@ -7,11 +7,26 @@ pub(crate) use reference::token_or_entry;
 use crate::config::{Pyramid, Shape};
 use crate::error::Result;
 use crate::gpu::{Kernel, grid_of_rows, params, rows_per_workgroup};
-use crate::recording::{Command, Recording};
+use crate::recording::{Command, Recording, TokenSlices};
 use crate::tensor::{Element, Tensor};
 
-params!(ScatterParams { tokens: u32, padded_tokens: u32, heads: u32, entries: u32, gathered: u32 });
-params!(ScatterBackwardParams { tokens: u32, padded_tokens: u32, heads: u32, gathered: u32 });
+params!(ScatterParams {
+    tokens: u32,
+    padded_tokens: u32,
+    heads: u32,
+    entries: u32,
+    gathered: u32,
+    first_token: u32,
+    end_token: u32,
+});
+params!(ScatterBackwardParams {
+    tokens: u32,
+    padded_tokens: u32,
+    heads: u32,
+    gathered: u32,
+    first_token: u32,
+    end_token: u32,
+});
 
 /// Records the scatter of o~ `[B, H, S, D]` by `positions` `[B, H, P]` into `o` `[B, N, H, D]`.
 ///
@@ -35,21 +50,25 @@ pub fn record_forward(
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);
+    let slices = TokenSlices { tokens, multiple: pyramid.config.pooling, overlap: 0 };
     let command = Command::new("scatter", reference::Scatter { shape: *shape, pyramid: pyramid.clone() })
         .reads("gathered_o", gathered_o)
         .reads("positions", positions)
         .writes("o", o)
-        .dispatch_batched(&caps, batch, kernel, |batch| {
+        .by_tokens(&["o"])
+        .dispatch_tokens(&caps, batch, slices, kernel, |batch, slice| {
             let params = ScatterParams {
                 tokens: tokens as u32,
                 padded_tokens: pyramid.padded_tokens as u32,
                 heads: heads as u32,
                 entries: pyramid.entries as u32,
                 gathered: pyramid.gathered as u32,
+                first_token: slice.start as u32,
+                end_token: slice.end as u32,
             };
-            let (blocks, rows) = (tokens / pyramid.config.pooling + 1, rows_per_workgroup(head_dim, element));
+            let (blocks, rows) = (slice.len() / pyramid.config.pooling + 1, rows_per_workgroup(head_dim, element));
             let workgroups = grid_of_rows(&caps, blocks, rows, batch * heads, 1);
-            Ok((params, workgroups, (batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
+            Ok((params, workgroups, (batch * slice.len() * heads * head_dim * pyramid.levels.len()) as u64))
         })?;
     recording.push(command)
 }
@@ -75,21 +94,25 @@ pub fn record_backward(
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);
+    let slices = TokenSlices { tokens, multiple: 1, overlap: pyramid.coarsest_window() };
     let command =
         Command::new("scatter_backward", reference::ScatterBackward { shape: *shape, pyramid: pyramid.clone() })
             .reads("d_o", d_o)
             .reads("indices", indices)
             .writes("gathered_d_o", out)
-            .dispatch_batched(&caps, batch, kernel, |batch| {
+            .by_tokens(&["d_o"])
+            .dispatch_tokens(&caps, batch, slices, kernel, |batch, slice| {
                 let params = ScatterBackwardParams {
                     tokens: tokens as u32,
                     padded_tokens: pyramid.padded_tokens as u32,
                     heads: heads as u32,
                     gathered: pyramid.gathered as u32,
+                    first_token: slice.start as u32,
+                    end_token: slice.end as u32,
                 };
                 let rows = rows_per_workgroup(head_dim, element);
                 let workgroups = grid_of_rows(&caps, pyramid.gathered, rows, batch * heads, 1);
-                Ok((params, workgroups, (batch * tokens * heads * head_dim * pyramid.levels.len()) as u64))
+                Ok((params, workgroups, (batch * slice.len() * heads * head_dim * pyramid.levels.len()) as u64))
             })?;
     recording.push(command)?;
     Ok(out)
