@@ -1,5 +1,6 @@
 // shared/group_reduce where every subgroup has whole groups: LANES is a power of two, and no more than a subgroup's
-// invocations. Both partners of an exchange add the same two numbers, so all of a group get the same bits.
+// invocations, which are neighbours by local index, as the kernels with matrices take for granted too. Both partners of an
+// exchange add the same two numbers, so all of a group get the same bits.
 
 fn group_max(value: vec4<f32>, invocation: u32) -> vec4<f32> {
     var largest = value;
