@@ -431,7 +431,10 @@ impl Model {
 
     /// The gradient of a block's input from that of its output; gradients of its parameters go into their views. Where
     /// all layers are dense, q, k and v are computed again.
-    #[allow(clippy::too_many_arguments, reason = "the forward's arguments, what it saved, and the gradient")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the forward's arguments, what it saved, the gradient, and whether all layers are dense"
+    )]
     fn record_block_backward(
         &self,
         recording: &mut Recording,
