@@ -1,9 +1,19 @@
 // As `linear`, added to the residual stream.
 
-@group(0) @binding(3) var<storage, read_write> residual: array<c4>; // [T, outputs]
-@group(0) @binding(4) var<storage, read_write> c: array<c4>;        // [T, outputs]
+@group(0) @binding(3) var<storage, read_write> residual: array<wide>; // [T, outputs]
+@group(0) @binding(4) var<storage, read_write> c: array<wide>;        // [T, outputs]
 
-fn store(row: u32, column: u32, sums: array<vec4<f32>, HALVES>) {
-    let at = (row * params.n + column) / 4u;
-    c[at] = pack_c(unpack_c(residual[at]) + sums[0]);
+alias Fetched = wide;
+
+fn fetch(row: u32, column: u32) -> Fetched {
+    return residual[(row * params.n + column) / COLUMNS];
+}
+
+fn store(row: u32, column: u32, sums: array<array<vec4<f32>, WIDE>, HALVES>, fetched: Fetched) {
+    let before = unpack_wide(fetched);
+    var sum: array<vec4<f32>, WIDE>;
+    #for w in 0..WIDE
+    sum[$w] = before[$w] + sums[0][$w];
+    #end
+    c[(row * params.n + column) / COLUMNS] = pack_wide(sum);
 }

@@ -6,8 +6,9 @@
 // slice of k.
 //
 // The host imports this or shared/gemm_coop for the kernel, which declares its bindings from 3 on and the epilogue
-// `store(row, column, sums)`: four columns of C from `column` on, and those that belong to them (shared/halves). The Cs
-// of slices lie one below the other.
+// `store(row, column, sums, fetched)`: COLUMNS columns of C from `column` on, and those that belong to them
+// (shared/halves), with what `fetch(row, column)` read for them, which may be called some time before (shared/fetch_nothing
+// where there is nothing to read). Here COLUMNS = 4. The Cs of slices lie one below the other.
 
 #import shared/grid
 #import shared/halves
@@ -170,7 +171,11 @@ fn main(
         {
             let r = row + tile_row(4u * $blocku + $iu, y);
             if (r < params.m) {
-                store(workgroup.z * params.m + r, c, sum[4 * $block + $i]);
+                var vectors: array<array<vec4<f32>, WIDE>, HALVES>;
+                #for h in 0..HALVES
+                vectors[$h][0] = sum[4 * $block + $i][$h];
+                #end
+                store(workgroup.z * params.m + r, c, vectors, fetch(r, c));
             }
         }
         #end

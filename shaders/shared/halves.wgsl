@@ -4,6 +4,9 @@
 //
 // HALVES, HALF: host constants. The importing module has STRIP.
 
+// Columns that an epilogue gets at a time, and as many that belong to them.
+const COLUMNS: u32 = 4u * WIDE;
+
 // The column of C that column c of the tiles is. What lies past the end of C stays past it.
 fn column_of(c: u32) -> u32 {
     if (HALVES == 1u) {

@@ -1,9 +1,11 @@
 // Four f32 in a load of 16 bytes; the functions of shared/wide_f16, with WIDE = 1.
 
-fn unpack_wide(x: vec4<u32>) -> array<vec4<f32>, WIDE> {
+alias wide = vec4<u32>;
+
+fn unpack_wide(x: wide) -> array<vec4<f32>, WIDE> {
     return array<vec4<f32>, WIDE>(bitcast<vec4<f32>>(x));
 }
 
-fn pack_wide(x: array<vec4<f32>, WIDE>) -> vec4<u32> {
+fn pack_wide(x: array<vec4<f32>, WIDE>) -> wide {
     return bitcast<vec4<u32>>(x[0]);
 }

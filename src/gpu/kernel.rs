@@ -82,7 +82,7 @@ pub struct Kernel {
     tier: Tier,
     elements: Vec<(&'static str, Element)>,
     matrices: Option<(usize, Element)>,
-    wide: Option<Element>,
+    wide: Option<&'static str>,
     module: Option<&'static str>,
     constants: Vec<(&'static str, Constant)>,
 }
@@ -125,10 +125,17 @@ impl Kernel {
         self.constant("MATRIX", size).constant("LOAD_VECTORS", 4 / factors.bytes() as usize)
     }
 
-    /// Gives the shader loads of 16 bytes of this type: `const WIDE: u32` vectors of four, `unpack_wide` and `pack_wide`.
+    /// Gives the shader loads of 16 bytes of this type: `alias wide` with `const WIDE: u32` vectors of four, `unpack_wide`
+    /// and `pack_wide`.
     pub(crate) fn wide(mut self, element: Element) -> Self {
-        self.wide = Some(element);
+        self.wide = Some(if element == Element::F16 { "shared/wide_f16" } else { "shared/wide_f32" });
         self.constant("WIDE", wide(element))
+    }
+
+    /// As [`wide`](Self::wide) with one vector of four, in the storage type of the element named `c`.
+    pub(crate) fn wide_one(mut self) -> Self {
+        self.wide = Some("shared/wide_one");
+        self.constant("WIDE", 1)
     }
 
     /// Gives the shader a module that it does not name itself: the one, of several with the same functions, that suits
@@ -178,12 +185,7 @@ impl Kernel {
                  #import shared/{load}\n"
             ));
         }
-        match self.wide {
-            Some(Element::F16) => prelude.push_str("#import shared/wide_f16\n"),
-            Some(_) => prelude.push_str("#import shared/wide_f32\n"),
-            None => {}
-        }
-        if let Some(module) = self.module {
+        for module in self.wide.into_iter().chain(self.module) {
             prelude.push_str(&format!("#import {module}\n"));
         }
         for (name, element) in &self.elements {

@@ -58,6 +58,7 @@ shaders! {
     "shared/dq_parts",
     "shared/ds_scratch",
     "shared/exponent",
+    "shared/fetch_nothing",
     "shared/flash_params",
     "shared/gemm",
     "shared/gemm_coop",
@@ -77,6 +78,7 @@ shaders! {
     "shared/token_slice",
     "shared/wide_f16",
     "shared/wide_f32",
+    "shared/wide_one",
 }
 
 /// Composed WGSL with the origin of each line.

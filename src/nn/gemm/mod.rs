@@ -12,7 +12,12 @@ params!(GemmParams { m: u32, n: u32, k: u32, slice: u32, first_tile: u32, tiles:
 
 /// The kernel of an epilogue: with the GEMM of the plan's tile, and `c` for tensors like its factors.
 pub(super) fn kernel(caps: &Caps, shader: &'static str, gemm: &Gemm, plan: &GemmPlan) -> Kernel {
-    let kernel = Kernel::new(caps, shader).element("c", gemm.element);
+    let wide = match plan.tile {
+        Tile::Simt(_) => 1,
+        Tile::Coop(tile) => tile.wide(gemm),
+    };
+    let kernel = Kernel::new(caps, shader).element("c", gemm.output);
+    let kernel = if wide == 1 { kernel.wide_one() } else { kernel.wide(gemm.output) };
     let kernel = match plan.tile {
         Tile::Simt(tile) => kernel
             .module("shared/gemm")
@@ -36,7 +41,7 @@ pub(super) fn kernel(caps: &Caps, shader: &'static str, gemm: &Gemm, plan: &Gemm
                 .constant("BLOCK_MATRICES", tile.block_k / tile.matrix)
                 .constant("UNROLL", tile.unroll)
                 .constant("HALF_MATRICES", matrices_n / gemm.halves())
-                .constant("LANE_VECTORS", tile.lane_vectors())
+                .constant("LANE_PARTS", tile.lane_vectors() / wide)
                 .constant("A_STAGES", a_stages)
                 .constant("B_STAGES", b_stages)
                 .flag("K_EVEN", gemm.k.is_multiple_of(tile.k_step()))
@@ -90,9 +95,10 @@ mod tests {
     use crate::{Executor, Gpu, GpuExecutor};
 
     /// C = A B with A and B stored either way and columns in pairs, of a size that no tile divides.
-    fn gemms(element: Element) -> [Gemm; 4] {
+    fn gemms(element: Element) -> [Gemm; 5] {
         [
             Gemm::forward(152, 72, 136, element),
+            Gemm { half: Some(72), ..Gemm::forward(152, 72, 144, element) },
             Gemm { half: Some(68), ..Gemm::forward(152, 72, 136, element) },
             Gemm::backward_input(152, 136, 72, element),
             Gemm::backward_weight(72, 136, 152, element),

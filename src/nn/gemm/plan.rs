@@ -15,6 +15,8 @@ pub(in crate::nn) struct Gemm {
     pub b_along_k: bool,
     /// Storage type of A and B.
     pub element: Element,
+    /// Type of what the epilogue stores.
+    pub output: Element,
     /// If the epilogue needs the columns of C in pairs: how far apart a pair is. They form groups of twice as many.
     pub half: Option<usize>,
 }
@@ -22,17 +24,17 @@ pub(in crate::nn) struct Gemm {
 impl Gemm {
     /// y = x W^T of a linear map.
     pub fn forward(rows: usize, inputs: usize, outputs: usize, element: Element) -> Self {
-        Self { m: rows, n: outputs, k: inputs, a_along_k: true, b_along_k: true, element, half: None }
+        Self { m: rows, n: outputs, k: inputs, a_along_k: true, b_along_k: true, element, output: element, half: None }
     }
 
     /// dx = dy W of a linear map.
     pub fn backward_input(rows: usize, inputs: usize, outputs: usize, element: Element) -> Self {
-        Self { m: rows, n: inputs, k: outputs, a_along_k: true, b_along_k: false, element, half: None }
+        Self { m: rows, n: inputs, k: outputs, a_along_k: true, b_along_k: false, element, output: element, half: None }
     }
 
     /// dW = dy^T x of a linear map.
     pub fn backward_weight(rows: usize, inputs: usize, outputs: usize, element: Element) -> Self {
-        Self { m: outputs, n: inputs, k: rows, a_along_k: false, b_along_k: false, element, half: None }
+        Self { m: outputs, n: inputs, k: rows, a_along_k: false, b_along_k: false, element, output: Element::F32, half: None }
     }
 
     /// Columns of C that the epilogue gets at a time, counted in vectors.
@@ -137,7 +139,8 @@ impl CoopTile {
     /// The tile of a shape, if the device has its matrices and it fits.
     pub fn new(caps: &Caps, gemm: &Gemm, shape: Shape) -> Option<Self> {
         let (matrix, subgroup, element) = (caps.tier.matrix()?, caps.subgroup, gemm.element);
-        let block_k = STEP_BYTES / element.bytes() as usize;
+        // While the last matrices of a step are multiplied, the first of the next are loaded.
+        let block_k = (STEP_BYTES / element.bytes() as usize).max(2 * matrix);
         // Two steps in the loop's body gain up to 10 % on an H100; llvmpipe compiles them long.
         let unroll = if matrix == 16 { 2 } else { 1 };
         let tile = Self { matrix, subgroup, shape, block_k, unroll, element };
@@ -164,6 +167,12 @@ impl CoopTile {
         vectors / vectors.min(self.subgroup / self.matrix)
     }
 
+    /// Vectors that a lane hands to the epilogue at a time: as many as make 16 bytes, where it has them.
+    pub fn wide(self, gemm: &Gemm) -> usize {
+        let in_pairs = self.lane_vectors().is_multiple_of(2) && gemm.half.is_none_or(|half| half.is_multiple_of(8));
+        if gemm.output == Element::F16 && in_pairs { 2 } else { 1 }
+    }
+
     fn subgroups(self) -> usize {
         self.shape.subgroups.iter().product()
     }
@@ -177,26 +186,30 @@ impl CoopTile {
         self.block_k * self.unroll
     }
 
-    /// Rows and columns of the tiles of A and B as they are stored.
+    /// Lines and columns of the tiles of A and B as they lie in workgroup memory: in a line along k are rows of all
+    /// subgroups' parts.
     fn stored(self, gemm: &Gemm) -> [(usize, usize); 2] {
-        let [block_m, block_n] = self.block();
-        [(gemm.a_along_k, block_m), (gemm.b_along_k, block_n)]
-            .map(|(along_k, block)| if along_k { (block, self.block_k) } else { (self.block_k, block) })
+        let [[block_m, block_n], [subgroups_m, subgroups_n]] = [self.block(), self.shape.subgroups];
+        [(gemm.a_along_k, block_m, subgroups_m), (gemm.b_along_k, block_n, subgroups_n)].map(
+            |(along_k, block, subgroups)| {
+                if along_k { (block / subgroups, subgroups * self.block_k) } else { (self.block_k, block) }
+            },
+        )
     }
 
     /// Loads of 16 bytes that an invocation makes of the tiles of A and B; `None` if they do not come out even.
     pub fn stages(self, gemm: &Gemm) -> Option<[usize; 2]> {
         let mut stages = [0; 2];
-        for (stages, (rows, columns)) in stages.iter_mut().zip(self.stored(gemm)) {
-            let row_loads = columns * self.element.bytes() as usize / 16;
-            if row_loads > self.invocations() || !self.invocations().is_multiple_of(row_loads) {
+        for (stages, (lines, columns)) in stages.iter_mut().zip(self.stored(gemm)) {
+            let line_loads = columns * self.element.bytes() as usize / 16;
+            if line_loads > self.invocations() || !self.invocations().is_multiple_of(line_loads) {
                 return None;
             }
-            let stage_rows = self.invocations() / row_loads;
-            if !rows.is_multiple_of(stage_rows) {
+            let stage_lines = self.invocations() / line_loads;
+            if !lines.is_multiple_of(stage_lines) {
                 return None;
             }
-            *stages = rows / stage_rows;
+            *stages = lines / stage_lines;
         }
         Some(stages)
     }
@@ -210,8 +223,8 @@ impl CoopTile {
 
     /// Bytes of workgroup memory, as the shader declares it.
     pub fn workgroup_bytes(self, gemm: &Gemm) -> usize {
-        let staged = self.stored(gemm).map(|(rows, columns)| rows * (columns + 8) * self.element.bytes() as usize);
-        let sums = self.subgroups() * self.matrix * self.matrix * 4;
+        let staged = self.stored(gemm).map(|(lines, columns)| lines * (columns + 8) * self.element.bytes() as usize);
+        let sums = self.subgroups() * self.matrix * (self.matrix + 8) * 4;
         staged.iter().sum::<usize>() + sums
     }
 }
@@ -338,7 +351,7 @@ mod tests {
         let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..wgpu::Limits::default() };
         let caps = Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() };
         for (a_along_k, b_along_k) in [(true, true), (true, false), (false, false)] {
-            let gemm = Gemm { m: 8192, n: 8192, k: 8192, a_along_k, b_along_k, element: Element::F16, half: None };
+            let gemm = Gemm { a_along_k, b_along_k, ..Gemm::forward(8192, 8192, 8192, Element::F16) };
             for tile in SHAPES.into_iter().map(|shape| CoopTile::new(&caps, &gemm, shape)) {
                 assert!(tile.is_some_and(|tile| tile.workgroup_bytes(&gemm) <= 24 << 10), "{gemm:?}: {tile:?}");
             }
@@ -351,7 +364,7 @@ mod tests {
         let matrices = vec![MatrixKind { size: 16, factors: Element::F16 }];
         let caps = Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() };
         let block = |m, n| {
-            let gemm = Gemm { m, n, k: 512, a_along_k: true, b_along_k: true, element: Element::F16, half: None };
+            let gemm = Gemm::forward(m, 512, n, Element::F16);
             Tile::choose(&caps, &gemm, 1).0.block()
         };
         assert_eq!(block(98_304, 1024), [128, 128]);
