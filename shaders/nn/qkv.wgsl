@@ -3,10 +3,10 @@
 //
 // HEADS, KV_HEADS, TOKENS: host constants; HALF = D/2.
 
-@group(0) @binding(3) var<storage, read_write> angles: array<vec4<f32>>; // [N, (cosines: D/2 | sines: D/2)]
-@group(0) @binding(4) var<storage, read_write> q: array<wide>;           // [T, H, D]
-@group(0) @binding(5) var<storage, read_write> k: array<wide>;           // [T, KV, D]
-@group(0) @binding(6) var<storage, read_write> v: array<wide>;           // [T, KV, D]
+@group(0) @binding(3) var<storage, read> angles: array<vec4<f32>>; // [N, (cosines: D/2 | sines: D/2)]
+@group(0) @binding(4) var<storage, read_write> q: array<wide>;     // [T, H, D]
+@group(0) @binding(5) var<storage, read_write> k: array<wide>;     // [T, KV, D]
+@group(0) @binding(6) var<storage, read_write> v: array<wide>;     // [T, KV, D]
 
 struct Fetched {
     cosine: array<vec4<f32>, WIDE>,

@@ -34,7 +34,16 @@ impl Gemm {
 
     /// dW = dy^T x of a linear map.
     pub fn backward_weight(rows: usize, inputs: usize, outputs: usize, element: Element) -> Self {
-        Self { m: outputs, n: inputs, k: rows, a_along_k: false, b_along_k: false, element, output: Element::F32, half: None }
+        Self {
+            m: outputs,
+            n: inputs,
+            k: rows,
+            a_along_k: false,
+            b_along_k: false,
+            element,
+            output: Element::F32,
+            half: None,
+        }
     }
 
     /// Columns of C that the epilogue gets at a time, counted in vectors.
@@ -117,8 +126,8 @@ pub(in crate::nn) struct Shape {
 /// The shapes of tiles, for every size of matrix: 128x128, 128x64 and 64x64 of C with matrices of 16x16.
 pub(in crate::nn) const SHAPES: [Shape; 3] = [
     Shape { subgroups: [2, 2], matrices: [4, 4], speed: 1.0 },
-    Shape { subgroups: [2, 2], matrices: [4, 2], speed: 0.64 },
-    Shape { subgroups: [2, 2], matrices: [2, 2], speed: 0.5 },
+    Shape { subgroups: [2, 2], matrices: [4, 2], speed: 0.57 },
+    Shape { subgroups: [2, 2], matrices: [2, 2], speed: 0.46 },
 ];
 
 /// A tile on cooperative matrices.
