@@ -1,5 +1,6 @@
 // As `linear`, added to the residual stream.
 
+// Writable so that its loads stay where they are issued, as in shared/gemm_coop.
 @group(0) @binding(3) var<storage, read_write> residual: array<wide>; // [T, outputs]
 @group(0) @binding(4) var<storage, read_write> c: array<wide>;        // [T, outputs]
 

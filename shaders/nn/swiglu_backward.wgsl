@@ -3,6 +3,7 @@
 
 #import shared/sigmoid
 
+// Writable so that its loads stay where they are issued, as in shared/gemm_coop.
 @group(0) @binding(3) var<storage, read_write> gate_up: array<wide>;   // [T, (gate: hidden | up: hidden)]
 @group(0) @binding(4) var<storage, read_write> d_gate_up: array<wide>; // [T, (gate: hidden | up: hidden)]
 @group(0) @binding(5) var<storage, read_write> y: array<wide>;         // [T, hidden]
