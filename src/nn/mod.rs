@@ -49,7 +49,7 @@ fn grid_of_columns(caps: &Caps, columns: usize) -> Result<[u32; 3]> {
     grid(caps, columns.div_ceil(WORKGROUP) as u64)
 }
 
-/// How many invocations share a row, and how many vectors of four elements each of them takes.
+/// How many invocations share a row, and how many loads each of them takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RowLanes {
     lanes: usize,
@@ -57,11 +57,20 @@ struct RowLanes {
 }
 
 impl RowLanes {
-    /// Few lanes cost fewer steps of the exchange, many fewer registers: 32 lanes, more where each had over 8 vectors.
+    /// For loads of four elements. Few lanes cost fewer steps of the exchange, many fewer registers: 32 lanes, more where
+    /// each had over 8 loads.
     fn new(width: usize) -> Self {
-        let columns = width / 4;
+        Self::of(width / 4, 8)
+    }
+
+    /// For loads of 16 bytes, no more than 4 to a lane.
+    fn wide(width: usize, element: Element) -> Self {
+        Self::of(width * element.bytes() as usize / 16, 4)
+    }
+
+    fn of(columns: usize, most: usize) -> Self {
         let mut lanes = columns.next_power_of_two().min(32);
-        while lanes < WORKGROUP && columns.div_ceil(lanes) > 8 {
+        while lanes < WORKGROUP && columns.div_ceil(lanes) > most {
             lanes *= 2;
         }
         Self { lanes, per_lane: columns.div_ceil(lanes) }
@@ -80,10 +89,13 @@ mod tests {
     #[test]
     fn lanes_cover_a_row() {
         for width in (8..=20_000).step_by(8) {
-            let plan = RowLanes::new(width);
-            assert!(plan.lanes * plan.per_lane * 4 >= width, "{width}: {plan:?}");
-            assert!(WORKGROUP.is_multiple_of(plan.lanes), "{width}: {plan:?}");
-            assert!(plan.per_lane <= 8 || plan.lanes == WORKGROUP, "{width}: {plan:?}");
+            let (four, half, single) =
+                (RowLanes::new(width), RowLanes::wide(width, Element::F16), RowLanes::wide(width, Element::F32));
+            for (plan, columns, most) in [(four, width / 4, 8), (half, width / 8, 4), (single, width / 4, 4)] {
+                assert!(plan.lanes * plan.per_lane >= columns, "{width}: {plan:?}");
+                assert!(WORKGROUP.is_multiple_of(plan.lanes), "{width}: {plan:?}");
+                assert!(plan.per_lane <= most || plan.lanes == WORKGROUP, "{width}: {plan:?}");
+            }
         }
     }
 }
