@@ -57,23 +57,15 @@ struct RowLanes {
 }
 
 impl RowLanes {
-    /// For loads of four elements. Few lanes cost fewer steps of the exchange, many fewer registers: 32 lanes, more where
-    /// each had over 8 loads.
-    fn new(width: usize) -> Self {
-        Self::of(width / 4, 8)
-    }
-
-    /// For loads of 16 bytes, no more than 4 to a lane.
-    fn wide(width: usize, element: Element) -> Self {
-        Self::of(width * element.bytes() as usize / 16, 4)
-    }
-
-    fn of(columns: usize, most: usize) -> Self {
-        let mut lanes = columns.next_power_of_two().min(32);
-        while lanes < WORKGROUP && columns.div_ceil(lanes) > most {
+    /// For loads of so many elements. Few lanes cost fewer steps of the exchange, many fewer registers: 32 lanes, more where
+    /// each had over 32 elements.
+    fn new(width: usize, load: usize) -> Self {
+        let loads = width / load;
+        let mut lanes = loads.next_power_of_two().min(32);
+        while lanes < WORKGROUP && loads.div_ceil(lanes) * load > 32 {
             lanes *= 2;
         }
-        Self { lanes, per_lane: columns.div_ceil(lanes) }
+        Self { lanes, per_lane: loads.div_ceil(lanes) }
     }
 
     /// Rows that a workgroup has at a time.
@@ -89,12 +81,11 @@ mod tests {
     #[test]
     fn lanes_cover_a_row() {
         for width in (8..=20_000).step_by(8) {
-            let (four, half, single) =
-                (RowLanes::new(width), RowLanes::wide(width, Element::F16), RowLanes::wide(width, Element::F32));
-            for (plan, columns, most) in [(four, width / 4, 8), (half, width / 8, 4), (single, width / 4, 4)] {
-                assert!(plan.lanes * plan.per_lane >= columns, "{width}: {plan:?}");
+            for load in [4, 8] {
+                let plan = RowLanes::new(width, load);
+                assert!(plan.lanes * plan.per_lane * load >= width, "{width}: {plan:?}");
                 assert!(WORKGROUP.is_multiple_of(plan.lanes), "{width}: {plan:?}");
-                assert!(plan.per_lane <= most || plan.lanes == WORKGROUP, "{width}: {plan:?}");
+                assert!(plan.per_lane * load <= 32 || plan.lanes == WORKGROUP, "{width}: {plan:?}");
             }
         }
     }

@@ -56,7 +56,7 @@ pub fn record_forward(recording: &mut Recording, shape: &RmsNormShape, x: Tensor
     recording.require("weight", weight, element, &[width])?;
     let y = recording.scratch("y", element, &[rows, width])?;
     let inverse_rms = recording.scratch("inverse_rms", Element::F32, &[rows])?;
-    let lanes = RowLanes::new(width);
+    let lanes = RowLanes::new(width, 4);
     let command = Command::new("rms_norm", reference::Forward { shape: *shape })
         .reads("x", x)
         .reads("weight", weight)
@@ -98,7 +98,8 @@ pub fn record_backward(
     recording.require("d_y", d_y, element, &[rows, width])?;
     recording.require("d_weight", d_weight, Element::F32, &[width])?;
     let d_x = recording.scratch("d_x", element, &[rows, width])?;
-    let lanes = RowLanes::wide(width, element);
+    let load = 16 / element.bytes() as usize;
+    let lanes = RowLanes::new(width, load);
     let slice = (rows.div_ceil(SLICES)).next_multiple_of(lanes.rows());
     let slices = rows.div_ceil(slice);
     let mut command = Command::new("rms_norm_backward", reference::Backward { shape: *shape })
@@ -116,7 +117,7 @@ pub fn record_backward(
     let command = partials::writes(command, recording, slices, d_weight)?.dispatch(
         Kernel::new(recording.caps(), shader)
             .wide(element)
-            .constant("COLUMNS", width * element.bytes() as usize / 16)
+            .constant("COLUMNS", width / load)
             .constant("LANES", lanes.lanes)
             .constant("PER_LANE", lanes.per_lane),
         RmsNormBackwardParams { rows: rows as u32, slice: slice as u32, slices: slices as u32 },
