@@ -85,7 +85,7 @@ fn scatter_backward_matches_the_reference() {
             let at = selected(recording, &mut probe, &config, &shape)?;
             let d_o = probe.input(recording, "d_o", shape.element, &shape.q(), data::tensor(8, 3, &shape.q()))?;
             let pyramid = config.pyramid(shape.tokens)?;
-            let out = scatter::record_backward(recording, &shape, &pyramid, d_o, at.selection.indices)?;
+            let out = scatter::record_backward(recording, &shape, &pyramid, d_o, at.selection.positions)?;
             probe.outputs(recording, &[out])?;
             Ok(probe)
         });

@@ -2,8 +2,8 @@
 // largest squared token norm.
 //
 // LOADS invocations, a row group, walk the tokens of one coarsest window of one head; each keeps its columns' sum of
-// every level, so a token is read once and nothing is summed twice. Row norms are summed through workgroup memory, four
-// tokens at a time.
+// every level, so a token is read once and nothing is summed twice. Row norms are summed four tokens at a time, by the
+// module that the host gives.
 //
 // HEAD_DIM, LEVELS (>= 2), POOLING: host constants. Workgroup id z: 0 = q, 1 = k, 2 = v.
 
@@ -33,9 +33,6 @@ struct Params {
 
 // Tokens between two exchanges of partial norms.
 const STEP: u32 = 4u;
-
-// Two buffers, so that one barrier per step is enough.
-var<workgroup> partial_norms: array<vec4<f32>, 512>;
 
 // A squared norm as an integer that orders alike, with NaN below every number: how `max` treats NaN is the driver's choice.
 fn norm_key(norm: f32) -> u32 {
@@ -95,14 +92,8 @@ fn main(
         norms[$i] += dot(row$i[$w], row$i[$w]);
         #end
         #end
-        let buffer = (t0 / STEP % 2u) * 256u;
-        partial_norms[buffer + invocation] = norms;
-        workgroupBarrier();
-        if (scores) {
-            norms = vec4<f32>(0.0);
-            for (var l = 0u; l < LOADS; l++) {
-                norms += partial_norms[buffer + invocation + l];
-            }
+        if (tensor < 2u) {
+            norms = row_norms(norms, invocation, t0 / STEP % 2u);
         }
         #for i in 0..4
         if (live && t0 + $iu < window(LEVELS - 1u)) {

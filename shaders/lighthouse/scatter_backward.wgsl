@@ -1,6 +1,10 @@
 // Backward of scatter (spec section 8): an entry's gradient is the sum over the tokens that its row was added to.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h, y: rows of the sub-sequence.
+// The tokens of entry i of a level are those of p entries of the level below, p i + p - 1 and after. A row group walks the
+// tokens of one entry of the coarsest level and keeps the sum of every level, so a token is read once and nothing is summed
+// twice; the first row group has the tokens before entry 0, which are those of finer entries.
+//
+// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h, y: walks.
 
 #import shared/pyramid
 #import shared/rows
@@ -10,13 +14,14 @@ struct Params {
     tokens: u32,
     padded_tokens: u32,
     heads: u32,
+    entries: u32, // P
     gathered: u32, // S
     first_token: u32, // of the slice, see shared/token_slice
     end_token: u32,
 }
 
 @group(0) @binding(0) var<storage, read> d_o: array<vec4<u32>>;                  // [B, N, H, D]
-@group(0) @binding(1) var<storage, read> indices: array<u32>;                    // [B, H, S]
+@group(0) @binding(1) var<storage, read> positions: array<u32>;                  // [B, H, P]
 @group(0) @binding(2) var<storage, read_write> gathered_d_o: array<vec4<u32>>;   // [B, H, S, D]
 @group(0) @binding(3) var<uniform> params: Params;
 
@@ -33,39 +38,68 @@ fn main(
     }
     let batch = workgroup.x / params.heads;
     let head = workgroup.x % params.heads;
+    let words = workgroup.x * params.entries;
+    let rows = workgroup.x * params.gathered;
 
-    for (var row = workgroup.y * ROWS + group; row < params.gathered; row += workgroups.y * ROWS) {
-        let flat = indices[workgroup.x * params.gathered + row];
-        var first = flat;
-        var count = 1u;
-        #for l in 1..LEVELS
-        if (flat >= level_start($lu, params.padded_tokens)) {
-            first = (flat - level_start($lu, params.padded_tokens)) * window($lu) + window($lu) - 1u;
-            count = window($lu);
+    // Walk w begins with token w p^(L - 1) - 1. A slice has the walks whose first token it has; its binding goes on for a
+    // coarsest window. The first one has walk 0 too, the last one those that begin past the tokens.
+    const BLOCKS: u32 = 1u << ((LEVELS - 2u) * firstTrailingBit(POOLING)); // of POOLING tokens in a walk
+    let coarsest = window(LEVELS - 1u);
+    let first_walk = select(first_token() / coarsest + 1u, 0u, first_token() == 0u);
+    let last_token = select(end_token(), params.padded_tokens, end_token() == params.tokens);
+    for (var walk = first_walk + workgroup.y * ROWS + group; walk <= last_token / coarsest; walk += workgroups.y * ROWS) {
+        // By level; sums of level l go on into level l + 1 when their window ends.
+        var sum: array<array<vec4<f32>, WIDE>, LEVELS + 1u>;
+        // Entry block - 1 of level 1 has the block's first token as its last; the others are of entry `block`.
+        var after = ABSENT;
+        if (walk > 0u) {
+            after = positions[words + walk * BLOCKS - 1u];
         }
-        #end
-        // A slice's binding goes on for a window of the coarsest level; entries past the tokens come with the first one.
-        if (!in_slice(select(0u, first, first < params.tokens))) {
-            continue;
-        }
-        var sum: array<vec4<f32>, WIDE>;
-        // Windows are multiples of 2; two tokens' loads are in flight together.
-        for (var i = 0u; i < count; i += 2u) {
-            #for t in 0..2
-            var value$t = vec4<u32>(0u);
-            if ($tu < count - i && first + i + $tu < params.tokens) {
-                value$t = d_o[(token_row(batch, first + i + $tu) * params.heads + head) * LOADS + load];
+        for (var block = walk * BLOCKS; block < (walk + 1u) * BLOCKS; block++) {
+            let before = after;
+            after = ABSENT;
+            if (block < params.padded_tokens / POOLING) {
+                after = positions[words + block];
             }
-            #end
-            #for t in 0..2
-            {
-                let value = unpack_wide(value$t);
+            for (var t = 0u; t < POOLING; t += 4u) {
+                #for i in 0..4
+                // Token -1 of block 0 wraps, and is past the last one.
+                let token$i = block * POOLING + t + $iu - 1u;
+                var value$i = vec4<u32>(0u);
+                if ($iu < POOLING - t && token$i < params.tokens) {
+                    value$i = d_o[(token_row(batch, token$i) * params.heads + head) * LOADS + load];
+                }
+                #end
+                #for i in 0..4
+                if ($iu < POOLING - t) {
+                    let place = token_position(select(after, before, t + $iu == 0u), token$i);
+                    if (place != ABSENT) {
+                        gathered_d_o[(rows + place) * LOADS + load] = value$i;
+                    }
+                    let value = unpack_wide(value$i);
+                    #for w in 0..WIDE
+                    sum[1][$w] += value[$w];
+                    #end
+                }
+                #end
+            }
+            let done = (block + 1u) * POOLING;
+            #for l in 1..LEVELS
+            if (done % window($lu) == 0u) {
+                // Entry -1 of a level wraps, and is past the last one.
+                let entry = done / window($lu) - 2u;
+                if (entry < params.padded_tokens / window($lu)) {
+                    let word = positions[words + level_start($lu, params.padded_tokens) - params.padded_tokens + entry];
+                    if (word != ABSENT) {
+                        gathered_d_o[(rows + position(word)) * LOADS + load] = pack_wide(sum[$l]);
+                    }
+                }
                 #for w in 0..WIDE
-                sum[$w] += value[$w];
+                sum[$l + 1][$w] += sum[$l][$w];
+                sum[$l][$w] = vec4<f32>(0.0);
                 #end
             }
             #end
         }
-        gathered_d_o[(workgroup.x * params.gathered + row) * LOADS + load] = pack_wide(sum);
     }
 }

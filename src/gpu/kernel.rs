@@ -50,9 +50,19 @@ fn wide(element: Element) -> usize {
     4 / element.bytes() as usize
 }
 
+/// Invocations that share a row of `head_dim` elements in a memory-bound kernel.
+fn loads(head_dim: usize, element: Element) -> usize {
+    head_dim / (4 * wide(element))
+}
+
+/// Whether groups of so many neighbouring invocations can exchange values within subgroups.
+fn exchange(caps: &Caps, lanes: usize) -> bool {
+    lanes.is_power_of_two() && lanes <= caps.exchange
+}
+
 /// Rows of `head_dim` elements that a workgroup of a memory-bound kernel has at a time (`shaders/shared/rows.wgsl`).
 pub(crate) fn rows_per_workgroup(head_dim: usize, element: Element) -> usize {
-    256 / (head_dim / (4 * wide(element)))
+    256 / loads(head_dim, element)
 }
 
 /// The grid of a memory-bound kernel: `rows` rows of each of `heads` heads (of the whole batch) of each of `tensors`
@@ -148,8 +158,13 @@ impl Kernel {
     /// Gives the shader `group_max` and `group_sum` over `lanes` neighbouring invocations: by exchange within subgroups
     /// where these have so many, otherwise through workgroup memory.
     pub(crate) fn group_reduce(self, caps: &Caps, lanes: usize) -> Self {
-        let exchange = lanes.is_power_of_two() && lanes <= caps.exchange;
-        self.module(if exchange { "shared/group_reduce_subgroup" } else { "shared/group_reduce" })
+        self.module(if exchange(caps, lanes) { "shared/group_reduce_subgroup" } else { "shared/group_reduce" })
+    }
+
+    /// Gives the shader `row_norms` over the row groups of `shared/rows`, likewise.
+    pub(crate) fn row_norms(self, caps: &Caps, head_dim: usize, element: Element) -> Self {
+        let exchange = exchange(caps, loads(head_dim, element));
+        self.module(if exchange { "shared/row_norms_subgroup" } else { "shared/row_norms" })
     }
 
     /// Gives the shader `const NAME: u32`.

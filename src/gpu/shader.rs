@@ -71,6 +71,8 @@ shaders! {
     "shared/pyramid",
     "shared/rows",
     "shared/rms_norm_backward",
+    "shared/row_norms",
+    "shared/row_norms_subgroup",
     "shared/row_reduce",
     "shared/scan",
     "shared/sigmoid",

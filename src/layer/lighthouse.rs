@@ -108,7 +108,7 @@ impl LighthouseAttention {
         let Some(selection) = forward.selection else {
             return DenseAttention::new(*shape)?.record_backward(recording, forward, d_o);
         };
-        let gathered_d_o = scatter::record_backward(recording, shape, pyramid, d_o, selection.indices)?;
+        let gathered_d_o = scatter::record_backward(recording, shape, pyramid, d_o, selection.positions)?;
         let gathered =
             flash::record_backward(recording, &self.flash(), forward.qkv, &forward.attention, gathered_d_o, None)?;
         let out = Gradients {

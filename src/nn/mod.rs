@@ -49,7 +49,7 @@ fn grid_of_columns(caps: &Caps, columns: usize) -> Result<[u32; 3]> {
     grid(caps, columns.div_ceil(WORKGROUP) as u64)
 }
 
-/// How many invocations share a row, and how many vectors of four elements each of them takes.
+/// How many invocations share a row, and how many loads each of them takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RowLanes {
     lanes: usize,
@@ -57,14 +57,15 @@ struct RowLanes {
 }
 
 impl RowLanes {
-    /// Few lanes cost fewer steps of the exchange, many fewer registers: 32 lanes, more where each had over 8 vectors.
-    fn new(width: usize) -> Self {
-        let columns = width / 4;
-        let mut lanes = columns.next_power_of_two().min(32);
-        while lanes < WORKGROUP && columns.div_ceil(lanes) > 8 {
+    /// For loads of so many elements. Few lanes cost fewer steps of the exchange, many fewer registers: 32 lanes, more where
+    /// each had over 32 elements.
+    fn new(width: usize, load: usize) -> Self {
+        let loads = width / load;
+        let mut lanes = loads.next_power_of_two().min(32);
+        while lanes < WORKGROUP && loads.div_ceil(lanes) * load > 32 {
             lanes *= 2;
         }
-        Self { lanes, per_lane: columns.div_ceil(lanes) }
+        Self { lanes, per_lane: loads.div_ceil(lanes) }
     }
 
     /// Rows that a workgroup has at a time.
@@ -80,10 +81,12 @@ mod tests {
     #[test]
     fn lanes_cover_a_row() {
         for width in (8..=20_000).step_by(8) {
-            let plan = RowLanes::new(width);
-            assert!(plan.lanes * plan.per_lane * 4 >= width, "{width}: {plan:?}");
-            assert!(WORKGROUP.is_multiple_of(plan.lanes), "{width}: {plan:?}");
-            assert!(plan.per_lane <= 8 || plan.lanes == WORKGROUP, "{width}: {plan:?}");
+            for load in [4, 8] {
+                let plan = RowLanes::new(width, load);
+                assert!(plan.lanes * plan.per_lane * load >= width, "{width}: {plan:?}");
+                assert!(WORKGROUP.is_multiple_of(plan.lanes), "{width}: {plan:?}");
+                assert!(plan.per_lane * load <= 32 || plan.lanes == WORKGROUP, "{width}: {plan:?}");
+            }
         }
     }
 }

@@ -201,7 +201,7 @@ fn scatter_backward(recording: &mut Recording, problem: &Problem) -> Result<Prob
     let (_, _, selection) = selected(recording, &mut probe, problem)?;
     let d_o = input(recording, &mut probe, problem, "d_o", 3, &shape.q())?;
     let pyramid = config.pyramid(shape.tokens)?;
-    let out = scatter::record_backward(recording, shape, &pyramid, d_o, selection.indices)?;
+    let out = scatter::record_backward(recording, shape, &pyramid, d_o, selection.positions)?;
     probe.outputs(recording, &[out])?;
     Ok(probe)
 }

@@ -95,7 +95,7 @@ fn record(
         command = command.writes("d_logits", d_logits);
         shader = "nn/cross_entropy_backward";
     }
-    let lanes = RowLanes::new(vocab);
+    let lanes = RowLanes::new(vocab, 4);
     let kernel = Kernel::new(recording.caps(), shader)
         .element("elem", element)
         .constant("COLUMNS", vocab / 4)

@@ -56,14 +56,18 @@ pub fn record_forward(recording: &mut Recording, shape: &RmsNormShape, x: Tensor
     recording.require("weight", weight, element, &[width])?;
     let y = recording.scratch("y", element, &[rows, width])?;
     let inverse_rms = recording.scratch("inverse_rms", Element::F32, &[rows])?;
-    let lanes = RowLanes::new(width);
+    let lanes = RowLanes::new(width, 4);
     let command = Command::new("rms_norm", reference::Forward { shape: *shape })
         .reads("x", x)
         .reads("weight", weight)
         .writes("y", y)
         .writes("inverse_rms", inverse_rms)
         .dispatch(
-            kernel(recording, "nn/rms_norm", shape, lanes),
+            Kernel::new(recording.caps(), "nn/rms_norm")
+                .element("elem", element)
+                .constant("COLUMNS", width / 4)
+                .constant("LANES", lanes.lanes)
+                .constant("PER_LANE", lanes.per_lane),
             RmsNormParams { rows: rows as u32, epsilon: EPSILON },
             grid(recording.caps(), rows.div_ceil(lanes.rows()) as u64)?,
             (4 * rows * width) as u64,
@@ -94,7 +98,8 @@ pub fn record_backward(
     recording.require("d_y", d_y, element, &[rows, width])?;
     recording.require("d_weight", d_weight, Element::F32, &[width])?;
     let d_x = recording.scratch("d_x", element, &[rows, width])?;
-    let lanes = RowLanes::new(width);
+    let load = 16 / element.bytes() as usize;
+    let lanes = RowLanes::new(width, load);
     let slice = (rows.div_ceil(SLICES)).next_multiple_of(lanes.rows());
     let slices = rows.div_ceil(slice);
     let mut command = Command::new("rms_norm_backward", reference::Backward { shape: *shape })
@@ -110,7 +115,11 @@ pub fn record_backward(
         shader = "nn/rms_norm_backward_residual";
     }
     let command = partials::writes(command, recording, slices, d_weight)?.dispatch(
-        kernel(recording, shader, shape, lanes),
+        Kernel::new(recording.caps(), shader)
+            .wide(element)
+            .constant("COLUMNS", width / load)
+            .constant("LANES", lanes.lanes)
+            .constant("PER_LANE", lanes.per_lane),
         RmsNormBackwardParams { rows: rows as u32, slice: slice as u32, slices: slices as u32 },
         grid(recording.caps(), slices as u64)?,
         (8 * rows * width) as u64,
@@ -118,12 +127,4 @@ pub fn record_backward(
     let command = partials::sum(command, recording, slices, d_weight)?;
     recording.push(command)?;
     Ok(d_x)
-}
-
-fn kernel(recording: &Recording, shader: &'static str, shape: &RmsNormShape, lanes: RowLanes) -> Kernel {
-    Kernel::new(recording.caps(), shader)
-        .element("elem", shape.element)
-        .constant("COLUMNS", shape.width / 4)
-        .constant("LANES", lanes.lanes)
-        .constant("PER_LANE", lanes.per_lane)
 }

@@ -58,6 +58,7 @@ pub fn record(
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "lighthouse/pool_score")
         .wide(shape.element)
+        .row_norms(&caps, head_dim, shape.element)
         .constant("HEAD_DIM", head_dim)
         .constant("LEVELS", pyramid.levels.len())
         .constant("POOLING", pyramid.config.pooling);

@@ -4,9 +4,11 @@ mod reference;
 
 pub(crate) use reference::token_or_entry;
 
+use std::ops::Range;
+
 use crate::config::{Pyramid, Shape};
 use crate::error::Result;
-use crate::gpu::{Kernel, grid_of_rows, params, rows_per_workgroup};
+use crate::gpu::{Caps, Kernel, grid_of_rows, params, rows_per_workgroup};
 use crate::recording::{Command, Recording, TokenSlices};
 use crate::tensor::{Element, Tensor};
 
@@ -19,14 +21,20 @@ params!(ScatterParams {
     first_token: u32,
     end_token: u32,
 });
-params!(ScatterBackwardParams {
-    tokens: u32,
-    padded_tokens: u32,
-    heads: u32,
-    gathered: u32,
-    first_token: u32,
-    end_token: u32,
-});
+
+impl ScatterParams {
+    fn new(shape: &Shape, pyramid: &Pyramid, slice: &Range<usize>) -> Self {
+        Self {
+            tokens: shape.tokens as u32,
+            padded_tokens: pyramid.padded_tokens as u32,
+            heads: shape.heads as u32,
+            entries: pyramid.entries as u32,
+            gathered: pyramid.gathered as u32,
+            first_token: slice.start as u32,
+            end_token: slice.end as u32,
+        }
+    }
+}
 
 /// Records the scatter of o~ `[B, H, S, D]` by `positions` `[B, H, P]` into `o` `[B, N, H, D]`.
 ///
@@ -45,11 +53,7 @@ pub fn record_forward(
     recording.require("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
     recording.require("o", o, element, &shape.q())?;
     let caps = recording.caps().clone();
-    let kernel = Kernel::new(&caps, "lighthouse/scatter")
-        .wide(element)
-        .constant("HEAD_DIM", head_dim)
-        .constant("LEVELS", pyramid.levels.len())
-        .constant("POOLING", pyramid.config.pooling);
+    let kernel = kernel(&caps, "lighthouse/scatter", shape, pyramid);
     let slices = TokenSlices { tokens, multiple: pyramid.config.pooling, overlap: 0 };
     let command = Command::new("scatter", reference::Scatter { shape: *shape, pyramid: pyramid.clone() })
         .reads("gathered_o", gathered_o)
@@ -57,23 +61,15 @@ pub fn record_forward(
         .writes("o", o)
         .by_tokens(&["o"])
         .dispatch_tokens(&caps, batch, slices, kernel, |batch, slice| {
-            let params = ScatterParams {
-                tokens: tokens as u32,
-                padded_tokens: pyramid.padded_tokens as u32,
-                heads: heads as u32,
-                entries: pyramid.entries as u32,
-                gathered: pyramid.gathered as u32,
-                first_token: slice.start as u32,
-                end_token: slice.end as u32,
-            };
             let (blocks, rows) = (slice.len() / pyramid.config.pooling + 1, rows_per_workgroup(head_dim, element));
             let workgroups = grid_of_rows(&caps, blocks, rows, batch * heads, 1);
-            Ok((params, workgroups, (batch * slice.len() * heads * head_dim * pyramid.levels.len()) as u64))
+            let work = (batch * slice.len() * heads * head_dim * pyramid.levels.len()) as u64;
+            Ok((ScatterParams::new(shape, pyramid, &slice), workgroups, work))
         })?;
     recording.push(command)
 }
 
-/// Records the way back: d_o `[B, N, H, D]` by `indices` `[B, H, S]`; gives d_o~ `[B, H, S, D]`.
+/// Records the way back: d_o `[B, N, H, D]` by `positions` `[B, H, P]`; gives d_o~ `[B, H, S, D]`.
 ///
 /// # Errors
 /// Tensors of the wrong size, or a device that cannot hold them.
@@ -82,38 +78,36 @@ pub fn record_backward(
     shape: &Shape,
     pyramid: &Pyramid,
     d_o: Tensor,
-    indices: Tensor,
+    positions: Tensor,
 ) -> Result<Tensor> {
     let Shape { batch, tokens, heads, head_dim, element, .. } = *shape;
     recording.require("d_o", d_o, element, &shape.q())?;
-    recording.require("indices", indices, Element::U32, &[batch, heads, pyramid.gathered])?;
+    recording.require("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
     let out = recording.scratch("gathered_d_o", element, &[batch, heads, pyramid.gathered, head_dim])?;
     let caps = recording.caps().clone();
-    let kernel = Kernel::new(&caps, "lighthouse/scatter_backward")
-        .wide(element)
-        .constant("HEAD_DIM", head_dim)
-        .constant("LEVELS", pyramid.levels.len())
-        .constant("POOLING", pyramid.config.pooling);
-    let slices = TokenSlices { tokens, multiple: 1, overlap: pyramid.coarsest_window() };
+    let kernel = kernel(&caps, "lighthouse/scatter_backward", shape, pyramid);
+    let coarsest = pyramid.coarsest_window();
+    let slices = TokenSlices { tokens, multiple: coarsest, overlap: coarsest };
     let command =
         Command::new("scatter_backward", reference::ScatterBackward { shape: *shape, pyramid: pyramid.clone() })
             .reads("d_o", d_o)
-            .reads("indices", indices)
+            .reads("positions", positions)
             .writes("gathered_d_o", out)
             .by_tokens(&["d_o"])
             .dispatch_tokens(&caps, batch, slices, kernel, |batch, slice| {
-                let params = ScatterBackwardParams {
-                    tokens: tokens as u32,
-                    padded_tokens: pyramid.padded_tokens as u32,
-                    heads: heads as u32,
-                    gathered: pyramid.gathered as u32,
-                    first_token: slice.start as u32,
-                    end_token: slice.end as u32,
-                };
-                let rows = rows_per_workgroup(head_dim, element);
-                let workgroups = grid_of_rows(&caps, pyramid.gathered, rows, batch * heads, 1);
-                Ok((params, workgroups, (batch * slice.len() * heads * head_dim * pyramid.levels.len()) as u64))
+                let (walks, rows) = (slice.len().div_ceil(coarsest) + 1, rows_per_workgroup(head_dim, element));
+                let workgroups = grid_of_rows(&caps, walks, rows, batch * heads, 1);
+                let work = (2 * batch * slice.len() * heads * head_dim) as u64;
+                Ok((ScatterParams::new(shape, pyramid, &slice), workgroups, work))
             })?;
     recording.push(command)?;
     Ok(out)
+}
+
+fn kernel(caps: &Caps, shader: &'static str, shape: &Shape, pyramid: &Pyramid) -> Kernel {
+    Kernel::new(caps, shader)
+        .wide(shape.element)
+        .constant("HEAD_DIM", shape.head_dim)
+        .constant("LEVELS", pyramid.levels.len())
+        .constant("POOLING", pyramid.config.pooling)
 }

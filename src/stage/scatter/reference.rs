@@ -54,16 +54,24 @@ pub(super) struct ScatterBackward {
 impl Reference for ScatterBackward {
     fn run<T: Real>(&self, args: &Args<'_, T>) -> Result<()> {
         let Self { shape, pyramid } = self;
-        let (d_o, indices, mut gathered) = (args.read("d_o")?, args.read_u32("indices")?, args.write("gathered_d_o")?);
+        let (d_o, positions) = (args.read("d_o")?, args.read_u32("positions")?);
+        let mut gathered = args.write("gathered_d_o")?;
         let d = shape.head_dim;
-        for (row, out) in gathered.chunks_exact_mut(d).enumerate() {
-            let (b, h) = (row / pyramid.gathered / shape.heads, row / pyramid.gathered % shape.heads);
-            let flat = indices[row] as usize;
-            out.fill(T::zero());
-            if let Some(level) = pyramid.levels.iter().rfind(|level| flat >= level.start) {
-                let first = (flat - level.start) * level.window + level.window - 1;
-                for j in first..(first + level.window).min(shape.tokens) {
-                    axpy(out, T::one(), &d_o[((b * shape.tokens + j) * shape.heads + h) * d..][..d]);
+        for (head, rows) in gathered.chunks_exact_mut(pyramid.gathered * d).enumerate() {
+            let (b, h) = (head / shape.heads, head % shape.heads);
+            let positions = &positions[head * pyramid.entries..][..pyramid.entries];
+            rows.fill(T::zero());
+            for (l, level) in pyramid.levels.iter().enumerate() {
+                for entry in 0..level.entries {
+                    let Some(place) = token_or_entry(pyramid, positions, l, entry) else { continue };
+                    let first = entry * level.window + level.window - 1;
+                    for j in first..(first + level.window).min(shape.tokens) {
+                        axpy(
+                            &mut rows[place * d..][..d],
+                            T::one(),
+                            &d_o[((b * shape.tokens + j) * shape.heads + h) * d..][..d],
+                        );
+                    }
                 }
             }
         }
