@@ -22,6 +22,7 @@
 
 #import shared/chunk_params
 #import shared/grid
+#import shared/lacking
 
 @group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
 @group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>;   // the same with KV heads
@@ -72,9 +73,8 @@ const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS 
 const MATRIX_SIZE: u32 = MATRIX * MATRIX_VECTORS;
 const CARRIED: u32 = 16u * DEPTH_MATRICES * MATRIX_SIZE + 1u;
 
-// A subgroup's own part of scores or weights, for reading and writing a matrix.
+// A subgroup's own part of scores, for two matrices.
 const EXCHANGE: u32 = 2u * SCORE_ROWS / 8u;
-const EXCHANGE_STRIDE: u32 = MATRIX_VECTORS + 2u;
 
 var<workgroup> staged: array<elem4, STAGED>;
 // Of group 0 the scores and weights, of group 1 the gradients of both. The pad of the first row tells whether d_o held
@@ -117,7 +117,6 @@ fn main(
     let lane_row = invocation % SUBGROUP / LANES;
     let lane = invocation % LANES;
     let exchange_at = subgroup * EXCHANGE;
-    let exchange_row = exchange_at + lane_row * EXCHANGE_STRIDE + lane;
     // This subgroup's columns in the products, and this lane's in between.
     let kept_row = subgroup % 4u * 2u * MATRIX;
     let product_at = group * SCORE_ROWS + kept_row / 4u;
@@ -214,9 +213,12 @@ fn main(
         non_finite_before = carried[carried_flag];
     }
     #end
-    // Before the first tile all is zero.
-    for (var i = invocation; i < STAGED; i += WORKGROUP) {
-        staged[i] = elem4();
+    // Before the first tile all that product 2 takes is zero.
+    for (var i = invocation; i < 2u * FIRST; i += WORKGROUP) {
+        staged[2u * FIRST + i] = elem4();
+    }
+    for (var i = invocation; i < 2u * SECOND; i += WORKGROUP) {
+        staged[SECOND_START + 4u * SECOND + i] = elem4();
     }
     if (invocation == 0u) {
         scores[NON_FINITE] = non_finite_before;
@@ -259,7 +261,7 @@ fn main(
         #end
         let last_row = lse_base + last_token;
         var row_at = min(lse_base + first_row + lane_row, last_row);
-        var row_lse = lse[row_at] * LOG2_E;
+        var row_lse = lse[row_at];
         var row_delta = delta[row_at];
         workgroupBarrier();
 
@@ -323,7 +325,7 @@ fn main(
                 let d_weight$i = scores[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS];
                 #end
                 #for i in 0..MATRIX_CHUNKS
-                var weight$i = exp2(fma(score$i, vec4<f32>(exponent_scale), vec4<f32>(-row_lse)));
+                var weight$i = exp2(fma(score$i, vec4<f32>(exponent_scale), vec4<f32>(-LOG2_E * row_lse)));
                 var d_score$i = weight$i * (d_weight$i - vec4<f32>(row_delta));
                 #end
                 if (masked) {
@@ -367,7 +369,7 @@ fn main(
                 next_d_o$s = d_o[next_at$s];
                 #end
                 row_at = min(row_at + MATRIX, last_row);
-                row_lse = lse[row_at] * LOG2_E;
+                row_lse = lse[row_at];
                 row_delta = delta[row_at];
                 let second_free = second_before;
                 second_before = second_now;
@@ -427,35 +429,39 @@ fn main(
     #end
     let non_finite = scores[NON_FINITE].x != 0.0;
     workgroupBarrier();
+    // As in flash_forward_coop, code that runs once is short.
     let scale = select(params.scale, 1.0, group == 0u);
-    #for r in 0..2
-    let out_token$r = first_key + kept_row + $ru * MATRIX + lane_row;
-    let out_at$r = (kv_base + out_token$r * params.kv_token_stride) * VECTORS + lane;
     #for d in 0..DEPTH_MATRICES
     subgroupBarrier();
-    coopStoreT(sums$r[$d], &scores[exchange_at], EXCHANGE_STRIDE);
+    #for r in 0..2
+    coopStoreT(sums$r[$d], &scores[exchange_at + $ru * MATRIX * MATRIX_VECTORS], MATRIX_VECTORS);
+    #end
     subgroupBarrier();
-    if (out_token$r < params.tokens && lane < MATRIX_LANES) {
-        #for i in 0..MATRIX_CHUNKS
-        let gradient$i = pack_elem(scores[exchange_row + $iu * MATRIX_LANES] * scale);
-        if (group == 0u) {
-            dv[out_at$r + $du * MATRIX_VECTORS + $iu * MATRIX_LANES] = gradient$i;
-        } else {
-            dk[out_at$r + $du * MATRIX_VECTORS + $iu * MATRIX_LANES] = gradient$i;
+    for (var i = invocation % SUBGROUP; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+        let token = first_key + kept_row + i / MATRIX_VECTORS;
+        if (token < params.tokens) {
+            let gradient = pack_elem(scores[exchange_at + i] * scale);
+            let at = (kv_base + token * params.kv_token_stride) * VECTORS + $du * MATRIX_VECTORS + i % MATRIX_VECTORS;
+            if (group == 0u) {
+                dv[at] = gradient;
+            } else {
+                dk[at] = gradient;
+            }
         }
-        #end
     }
     #end
-    #end
     // What dv lacks.
-    if (non_finite && group == 0u && lane < MATRIX_LANES) {
+    if (non_finite && group == 0u) {
         let end = min(first_key + BLOCK_N, params.tokens);
-        let first = first_key + kept_row + lane_row;
-        for (var token = first; token < min(first + 2u * MATRIX, params.tokens); token += MATRIX) {
-            let at = (kv_base + token * params.kv_token_stride) * VECTORS;
-            for (var column = lane; column < VECTORS; column += MATRIX_LANES) {
-                let sum = unpack_elem(dv[at + column]);
-                dv[at + column] = pack_elem(sum + non_finite_d_o(vec2<u32>(batch, kv_head), token, end, column));
+        for (var d = 0u; d < DEPTH_MATRICES; d++) {
+            for (var i = invocation % SUBGROUP; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+                let token = first_key + kept_row + i / MATRIX_VECTORS;
+                let column = d * MATRIX_VECTORS + i % MATRIX_VECTORS;
+                if (token < params.tokens) {
+                    let at = (kv_base + token * params.kv_token_stride) * VECTORS + column;
+                    let lacking = non_finite_d_o(vec2<u32>(batch, kv_head), token, end, column);
+                    dv[at] = pack_elem(with_lacking(unpack_elem(dv[at]), lacking));
+                }
             }
         }
     }

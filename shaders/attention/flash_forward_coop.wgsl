@@ -24,9 +24,10 @@
 
 #import shared/flash_params
 #import shared/grid
+#import shared/lacking
 
 // Loads of 16 bytes are fastest, and stay where they are issued only from bindings that could be written.
-@group(0) @binding(0) var<storage, read_write> q: array<elem4>;     // [B, S, H, D] or [B, H, S, D]
+@group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>; // [B, S, H, D] or [B, H, S, D]
 @group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>; // the same with KV heads
 @group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>; // as k
 @group(0) @binding(3) var<storage, read_write> o: array<elem4>;     // as q
@@ -59,6 +60,9 @@ const MATRIX_CHUNKS: u32 = MATRIX_VECTORS / MATRIX_LANES;
 const LOADS: u32 = VECTORS / LOAD_VECTORS;
 const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && BLOCK_N % STAGE_ROWS == 0u;
+
+// q comes in chunks of two matrices side by side: QUERY_LOADS loads for each invocation or, with QUERY_IDLE, one for some.
+const CHUNK_LOADS: u32 = 2u * MATRIX_VECTORS / LOAD_VECTORS;
 
 // Every variable a multiple of 16 bytes, as cooperative loads assume.
 var<workgroup> keys: array<elem4, BLOCK_N * KEY_STRIDE>;
@@ -111,16 +115,32 @@ fn main(
     let stage_key = stage_row * KEY_STRIDE + stage_load * LOAD_VECTORS;
     let stage_value = stage_row * VALUE_STRIDE + stage_load * LOAD_VECTORS;
 
-    // q, through the memory of the weights. Rows past the last token repeat it and are not written.
+    // q, through the memory of the weights; all loads are on their way before the first is waited for. Rows past the
+    // last token repeat it and are not written, loads past the end of a row too.
+    #for i in 0..QUERY_LOADS
+    let chunk_load$i = min(invocation + $iu * WORKGROUP, BLOCK_M * CHUNK_LOADS - 1u);
+    let chunk_at$i = chunk_load$i / CHUNK_LOADS * SCORE_STRIDE + chunk_load$i % CHUNK_LOADS * LOAD_VECTORS;
+    let query_at$i = (base + min(first_query + chunk_load$i / CHUNK_LOADS, last_token) * params.token_stride) * LOADS;
+    #end
+    #for c in 0..QUERY_CHUNKS
+    #for i in 0..QUERY_LOADS
+    let query_load$c_$i = q[query_at$i + min($cu * CHUNK_LOADS + chunk_load$i % CHUNK_LOADS, LOADS - 1u)];
+    #end
+    #end
     #for r in 0..2
     var q$r: array<MatrixA, 2u * QUERY_CHUNKS>;
     var o$r: array<MatrixC, COLUMN_MATRICES>;
     #end
-    let query_at = (base + min(query, last_token) * params.token_stride) * VECTORS + lane;
     #for c in 0..QUERY_CHUNKS
-    #for i in 0..SCORE_CHUNKS
-    if (HEAD_DIM % BLOCK_N == 0u || $cu * (BLOCK_N / 4u) + $iu * LANES + lane < VECTORS) {
-        weights[row_at + $iu * LANES] = q[query_at + $cu * (BLOCK_N / 4u) + $iu * LANES];
+    #for once in 0..QUERY_IDLE
+    if (invocation < BLOCK_M * CHUNK_LOADS) {
+    #end
+    #for i in 0..QUERY_LOADS
+    #for h in 0..LOAD_VECTORS
+    weights[chunk_at$i + $hu] = vector_of_load(query_load$c_$i, $hu);
+    #end
+    #end
+    #for once in 0..QUERY_IDLE
     }
     #end
     workgroupBarrier();
@@ -270,7 +290,7 @@ fn main(
                     partial_sum += weight;
                     weights[row_at + i * LANES] = pack_elem(weight);
                 }
-                row_factor[block_row] = rescale;
+                row_factor[block_row] = select(1.0, rescale, tile > 0u);
                 if (subgroupAny(rises)) {
                     flags[tile % 2u] = 1u;
                 }
@@ -287,7 +307,8 @@ fn main(
             }
             #end
 
-            if (rose) {
+            // Before the first tile there is nothing to rescale.
+            if (rose && tile > 0u) {
                 #for r in 0..2
                 #for c in 0..COLUMN_MATRICES
                 subgroupBarrier();
@@ -338,29 +359,37 @@ fn main(
     }
     row_factor[block_row] = 1.0 / sum;
     workgroupBarrier();
-    #for r in 0..2
+    // A column of matrices of o at a time, where its part of a tile's scores was. Code that runs once costs its way into
+    // the instruction cache: it is short, and what is rare comes after it.
+    let subgroup_lane = invocation % SUBGROUP;
     #for c in 0..COLUMN_MATRICES
-    {
-        subgroupBarrier();
-        coopStoreT(o$r[$c], &scores[exchange_at], SCORE_STRIDE);
-        subgroupBarrier();
-        let row = pair_row + $ru * MATRIX + lane_row;
-        let token = first_query + row;
-        let column = values_at + $cu * MATRIX_VECTORS + lane;
-        if (token < params.tokens && lane < MATRIX_LANES) {
-            for (var i = 0u; i < MATRIX_CHUNKS; i++) {
-                if (column + i * MATRIX_LANES < VECTORS) {
-                    var result = scores[exchange_row + i * MATRIX_LANES] * row_factor[row];
-                    if (flags[2] != 0u) {
-                        result += non_finite_values(kv_base, first_query, token, column + i * MATRIX_LANES);
-                    }
-                    o[(base + token * params.token_stride) * VECTORS + column + i * MATRIX_LANES] = pack_elem(result);
+    subgroupBarrier();
+    #for r in 0..2
+    coopStoreT(o$r[$c], &scores[scores_at + $ru * SCORE_ROWS], SCORE_STRIDE);
+    #end
+    subgroupBarrier();
+    for (var i = subgroup_lane; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+        let row = pair_row + i / MATRIX_VECTORS;
+        let column = values_at + $cu * MATRIX_VECTORS + i % MATRIX_VECTORS;
+        if (first_query + row < params.tokens && column < VECTORS) {
+            let sum = scores[row * SCORE_STRIDE + half * MATRIX_VECTORS + i % MATRIX_VECTORS];
+            o[(base + (first_query + row) * params.token_stride) * VECTORS + column] = pack_elem(sum * row_factor[row]);
+        }
+    }
+    #end
+    if (flags[2] != 0u) {
+        for (var c = 0u; c < COLUMN_MATRICES; c++) {
+            for (var i = subgroup_lane; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+                let token = first_query + pair_row + i / MATRIX_VECTORS;
+                let column = values_at + c * MATRIX_VECTORS + i % MATRIX_VECTORS;
+                if (token < params.tokens && column < VECTORS) {
+                    let at = (base + token * params.token_stride) * VECTORS + column;
+                    let lacking = non_finite_values(kv_base, first_query, token, column);
+                    o[at] = pack_elem(with_lacking(unpack_elem(o[at]), lacking));
                 }
             }
         }
     }
-    #end
-    #end
 }
 
 // The sum of all that is infinite or NaN in a column of the values of keys `first` to `last`.

@@ -66,6 +66,7 @@ shaders! {
     "shared/group_reduce",
     "shared/group_reduce_subgroup",
     "shared/halves",
+    "shared/lacking",
     "shared/load_f16",
     "shared/load_f32",
     "shared/pyramid",

@@ -13,10 +13,11 @@ use crate::tensor::Element;
 /// Subgroups of a workgroup. On an H100 one workgroup of eight is resident on a multiprocessor, and its registers hold
 /// the kept rows and the results.
 const SUBGROUPS: usize = 8;
-/// Tiles of a loop's body: two are 4 to 8 % over one, more than four compile long (measured on an H100). Software
-/// drivers, which have matrices of 8x8, compile too long already with two.
-const fn unroll(size: usize) -> usize {
-    if size == 16 { 2 } else { 1 }
+/// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of dk and dv a whole block
+/// (the tiles of queries are numbered within blocks), 3 % over two (measured on an H100). Software drivers, which have
+/// matrices of 8x8, compile too long already with two.
+const fn unroll(size: usize, tiles: usize) -> usize {
+    if size == 16 { tiles } else { 1 }
 }
 /// Largest head_dim: kept rows and results of more do not fit the registers, nor staged rows 48 KiB of workgroup memory.
 const MAX_HEAD_DIM: usize = 128;
@@ -134,6 +135,7 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
     let (block_m, block_n) = (SUBGROUPS * size, 2 * size);
     let columns = depth.div_ceil(2);
     let score_vectors = 2 * vectors;
+    let chunk_loads = score_vectors * matrices.element_bytes / 4;
     fitting(
         caps,
         Tile {
@@ -146,10 +148,12 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
                 ("DEPTH_MATRICES", depth),
                 ("COLUMN_MATRICES", columns),
                 ("QUERY_CHUNKS", columns),
+                ("QUERY_LOADS", (block_m * chunk_loads).div_ceil(matrices.invocations)),
+                ("QUERY_IDLE", usize::from(block_m * chunk_loads < matrices.invocations)),
                 ("SCORE_CHUNKS", score_vectors / lanes),
                 ("LANE_BITS", lanes.ilog2() as usize),
                 ("STAGES", matrices.stages(block_n)),
-                ("UNROLL", unroll(size)),
+                ("UNROLL", unroll(size, 2)),
             ],
             invocations: matrices.invocations,
             workgroup_bytes: matrices.stored(block_n, row_vectors)
@@ -183,7 +187,7 @@ pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, scratch: bool
                 ("MATRIX_CHUNKS", matrices.chunks()),
                 ("STAGES", matrices.stages(block_m)),
                 ("KEPT_LOADS", matrices.kept_loads(first)),
-                ("UNROLL", unroll(size)),
+                ("UNROLL", unroll(size, SUBGROUPS)),
                 ("DS_SCRATCH", usize::from(scratch)),
             ],
             invocations: matrices.invocations,
@@ -214,7 +218,7 @@ pub(super) fn dq(caps: &Caps, head_dim: usize, element: Element) -> Option<Tile>
                 ("COLUMN_MATRICES", columns),
                 ("MATRIX_CHUNKS", matrices.chunks()),
                 ("STAGES", matrices.stages(block_n)),
-                ("UNROLL", unroll(size)),
+                ("UNROLL", unroll(size, 2)),
             ],
             invocations: matrices.invocations,
             workgroup_bytes: matrices.stored(4 * size, 2 * columns * vectors)
