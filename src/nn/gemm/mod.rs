@@ -94,12 +94,12 @@ mod tests {
     use crate::tensor::{Element, Tensor};
     use crate::{Executor, Gpu, GpuExecutor};
 
-    /// C = A B with A and B stored either way and columns in pairs, of a size that no tile divides.
-    fn gemms(element: Element) -> [Gemm; 5] {
+    /// C = A B with A and B stored either way and columns in pairs, of a size that no tile divides. (Pairs less
+    /// than 16 bytes wide: tests of `qkv`.)
+    fn gemms(element: Element) -> [Gemm; 4] {
         [
             Gemm::forward(152, 72, 136, element),
             Gemm { half: Some(72), ..Gemm::forward(152, 72, 144, element) },
-            Gemm { half: Some(68), ..Gemm::forward(152, 72, 136, element) },
             Gemm::backward_input(152, 136, 72, element),
             Gemm::backward_weight(72, 136, 152, element),
         ]
