@@ -1,10 +1,11 @@
 // Backward of scatter (spec section 8): an entry's gradient is the sum over the tokens that its row was added to.
 //
-// The tokens of entry i of a level are those of p entries of the level below, p i + p - 1 and after. A row group walks the
+// The tokens of entry i of a level are those of p entries of the level below, p i + p - 1 and after. A walk is over the
 // tokens of one entry of the coarsest level and keeps the sum of every level, so a token is read once and nothing is summed
-// twice; the first row group has the tokens before entry 0, which are those of finer entries.
+// twice; walk 0 has the tokens before entry 0, which are those of finer entries. PARTS row groups share a walk, so that
+// the last workgroups to run are no long ones; the coarsest sum goes through workgroup memory then.
 //
-// LEVELS (>= 2), POOLING: host constants. Workgroup id x: b * H + h, y: walks.
+// LEVELS (>= 2), POOLING, PARTS (1, or POOLING from three levels on): host constants. Workgroup id x: b * H + h, y: walks.
 
 #import shared/pyramid
 #import shared/rows
@@ -25,6 +26,11 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> gathered_d_o: array<vec4<u32>>;   // [B, H, S, D]
 @group(0) @binding(3) var<uniform> params: Params;
 
+const WALKS: u32 = ROWS / PARTS;
+const BLOCKS: u32 = (1u << ((LEVELS - 2u) * firstTrailingBit(POOLING))) / PARTS; // of POOLING tokens in a part
+
+var<workgroup> part_sums: array<array<vec4<f32>, WIDE>, 256>;
+
 @compute @workgroup_size(256)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -33,9 +39,6 @@ fn main(
 ) {
     let load = invocation % LOADS;
     let group = invocation / LOADS;
-    if (group >= ROWS) {
-        return;
-    }
     let batch = workgroup.x / params.heads;
     let head = workgroup.x % params.heads;
     let words = workgroup.x * params.entries;
@@ -43,19 +46,22 @@ fn main(
 
     // Walk w begins with token w p^(L - 1) - 1. A slice has the walks whose first token it has; its binding goes on for a
     // coarsest window. The first one has walk 0 too, the last one those that begin past the tokens.
-    const BLOCKS: u32 = 1u << ((LEVELS - 2u) * firstTrailingBit(POOLING)); // of POOLING tokens in a walk
     let coarsest = window(LEVELS - 1u);
     let first_walk = select(first_token() / coarsest + 1u, 0u, first_token() == 0u);
-    let last_token = select(end_token(), params.padded_tokens, end_token() == params.tokens);
-    for (var walk = first_walk + workgroup.y * ROWS + group; walk <= last_token / coarsest; walk += workgroups.y * ROWS) {
+    let last_walk = select(end_token(), params.padded_tokens, end_token() == params.tokens) / coarsest;
+    for (var first = first_walk + workgroup.y * WALKS; first <= last_walk; first += workgroups.y * WALKS) {
+        let walk = first + group / PARTS;
+        let part = walk * PARTS + group % PARTS;
+        let live = group < WALKS * PARTS && walk <= last_walk;
         // By level; sums of level l go on into level l + 1 when their window ends.
         var sum: array<array<vec4<f32>, WIDE>, LEVELS + 1u>;
         // Entry block - 1 of level 1 has the block's first token as its last; the others are of entry `block`.
         var after = ABSENT;
-        if (walk > 0u) {
-            after = positions[words + walk * BLOCKS - 1u];
+        if (live && part > 0u && part * BLOCKS <= params.padded_tokens / POOLING) {
+            after = positions[words + part * BLOCKS - 1u];
         }
-        for (var block = walk * BLOCKS; block < (walk + 1u) * BLOCKS; block++) {
+        let end = select(0u, (part + 1u) * BLOCKS, live);
+        for (var block = part * BLOCKS; block < end; block++) {
             let before = after;
             after = ABSENT;
             if (block < params.padded_tokens / POOLING) {
@@ -85,7 +91,7 @@ fn main(
             }
             let done = (block + 1u) * POOLING;
             #for l in 1..LEVELS
-            if (done % window($lu) == 0u) {
+            if ($lu < LEVELS - 1u && done % window($lu) == 0u) {
                 // Entry -1 of a level wraps, and is past the last one.
                 let entry = done / window($lu) - 2u;
                 if (entry < params.padded_tokens / window($lu)) {
@@ -100,6 +106,25 @@ fn main(
                 #end
             }
             #end
+        }
+        var whole = sum[LEVELS - 1u];
+        if (PARTS > 1u) {
+            workgroupBarrier();
+            part_sums[invocation] = whole;
+            workgroupBarrier();
+        }
+        if (live && group % PARTS == 0u && walk > 0u) {
+            let level = level_start(LEVELS - 1u, params.padded_tokens) - params.padded_tokens;
+            let word = positions[words + level + walk - 1u];
+            if (word != ABSENT) {
+                for (var other = 1u; other < PARTS; other++) {
+                    let more = part_sums[invocation + other * LOADS];
+                    #for w in 0..WIDE
+                    whole[$w] += more[$w];
+                    #end
+                }
+                gathered_d_o[(rows + position(word)) * LOADS + load] = pack_wide(whole);
+            }
         }
     }
 }

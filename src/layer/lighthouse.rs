@@ -99,7 +99,7 @@ impl LighthouseAttention {
     }
 
     /// Records the backward of a forward of the same recording, for d_o `[B, N, H, D]`. Selection has no gradient: the
-    /// forward's indices are used again.
+    /// forward's is used again.
     ///
     /// # Errors
     /// As [`record_forward`](Self::record_forward).

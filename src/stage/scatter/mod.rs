@@ -85,7 +85,9 @@ pub fn record_backward(
     recording.require("positions", positions, Element::U32, &[batch, heads, pyramid.entries])?;
     let out = recording.scratch("gathered_d_o", element, &[batch, heads, pyramid.gathered, head_dim])?;
     let caps = recording.caps().clone();
-    let kernel = kernel(&caps, "lighthouse/scatter_backward", shape, pyramid);
+    let rows = rows_per_workgroup(head_dim, element);
+    let parts = parts(pyramid, rows);
+    let kernel = kernel(&caps, "lighthouse/scatter_backward", shape, pyramid).constant("PARTS", parts);
     let coarsest = pyramid.coarsest_window();
     let slices = TokenSlices { tokens, multiple: coarsest, overlap: coarsest };
     let command =
@@ -95,13 +97,19 @@ pub fn record_backward(
             .writes("gathered_d_o", out)
             .by_tokens(&["d_o"])
             .dispatch_tokens(&caps, batch, slices, kernel, |batch, slice| {
-                let (walks, rows) = (slice.len().div_ceil(coarsest) + 1, rows_per_workgroup(head_dim, element));
-                let workgroups = grid_of_rows(&caps, walks, rows, batch * heads, 1);
+                let walks = slice.len().div_ceil(coarsest) + 1;
+                let workgroups = grid_of_rows(&caps, walks, rows / parts, batch * heads, 1);
                 let work = (2 * batch * slice.len() * heads * head_dim) as u64;
                 Ok((ScatterParams::new(shape, pyramid, &slice), workgroups, work))
             })?;
     recording.push(command)?;
     Ok(out)
+}
+
+/// Row groups that share a walk of the backward: a walk over p^2 tokens is short enough for one.
+fn parts(pyramid: &Pyramid, rows: usize) -> usize {
+    let pooling = pyramid.config.pooling;
+    if pyramid.levels.len() > 3 && rows >= pooling { pooling } else { 1 }
 }
 
 fn kernel(caps: &Caps, shader: &'static str, shape: &Shape, pyramid: &Pyramid) -> Kernel {
