@@ -18,6 +18,7 @@
 
 #import shared/flash_params
 #import shared/grid
+#import shared/lacking
 
 @group(0) @binding(0) var<storage, read_write> q: array<elem4>;     // [B, S, H, D] or [B, H, S, D]
 @group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>; // the same with KV heads
@@ -265,29 +266,37 @@ fn main(
     #end
     #end
 
+    // As in flash_forward_coop, code that runs once is short, and what is rare comes after it.
     workgroupBarrier();
-    #for r in 0..2
+    let subgroup_lane = invocation % SUBGROUP;
     #for c in 0..COLUMN_MATRICES
-    {
-        subgroupBarrier();
-        coopStoreT(sums$r[$c], &scores[exchange_at], EXCHANGE_STRIDE);
-        subgroupBarrier();
-        let token = first_query + kept_row + $ru * MATRIX + lane_row;
-        let column = columns_at + $cu * MATRIX_VECTORS + lane;
-        if (token < params.tokens && lane < MATRIX_LANES) {
-            for (var i = 0u; i < MATRIX_VECTORS; i += MATRIX_LANES) {
-                if (column + i < VECTORS) {
-                    var sum = scores[exchange_row + i];
-                    if (non_finite[0] != 0u) {
-                        sum += non_finite_keys(kv_base, first_query, token, column + i);
-                    }
-                    dq[(base + token * params.token_stride) * VECTORS + column + i] = pack_elem(sum * params.scale);
+    subgroupBarrier();
+    #for r in 0..2
+    coopStoreT(sums$r[$c], &scores[exchange_at + $ru * MATRIX * MATRIX_VECTORS], MATRIX_VECTORS);
+    #end
+    subgroupBarrier();
+    for (var i = subgroup_lane; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+        let token = first_query + kept_row + i / MATRIX_VECTORS;
+        let column = columns_at + $cu * MATRIX_VECTORS + i % MATRIX_VECTORS;
+        if (token < params.tokens && column < VECTORS) {
+            let at = (base + token * params.token_stride) * VECTORS + column;
+            dq[at] = pack_elem(scores[exchange_at + i] * params.scale);
+        }
+    }
+    #end
+    if (non_finite[0] != 0u) {
+        for (var c = 0u; c < COLUMN_MATRICES; c++) {
+            for (var i = subgroup_lane; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+                let token = first_query + kept_row + i / MATRIX_VECTORS;
+                let column = columns_at + c * MATRIX_VECTORS + i % MATRIX_VECTORS;
+                if (token < params.tokens && column < VECTORS) {
+                    let at = (base + token * params.token_stride) * VECTORS + column;
+                    let lacking = non_finite_keys(kv_base, first_query, token, column);
+                    dq[at] = pack_elem(with_lacking(unpack_elem(dq[at]), lacking));
                 }
             }
         }
     }
-    #end
-    #end
 }
 
 // The sum of all that is infinite or NaN in a column of keys `first` to `last`.
