@@ -277,7 +277,7 @@ impl Bench {
 
     /// Prints that a row was not measured.
     pub fn skip(&self, row: &Row, reason: &str) {
-        println!("{:<25} {:<17} {:<46} not measured: {}", row.name, row.pass, row.describe(), one_line(reason));
+        println!("{:<27} {:<17} {:<46} not measured: {}", row.name, row.pass, row.describe(), one_line(reason));
     }
 }
 

@@ -148,7 +148,7 @@ pub enum Runner {
 }
 
 impl Runner {
-    fn executor(&mut self) -> &mut dyn Executor {
+    pub fn executor(&mut self) -> &mut dyn Executor {
         match self {
             Self::Gpu(executor) => &mut **executor,
             Self::Cpu(executor) => executor,

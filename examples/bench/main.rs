@@ -35,7 +35,7 @@ pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
                         measured in the same run, that of operations by cuBLAS's rate in the baseline."
 )]
 struct Args {
-    /// Row groups: stages, attention, gemm, layer, step or all [default: all]
+    /// Row groups: stages, attention, gemm, layer, operators, step or all [default: all]
     groups: Vec<String>,
     /// Sequence lengths in place of the default ones
     #[arg(long, value_delimiter = ',', value_name = "N,N..")]
@@ -160,13 +160,13 @@ mod tests {
 
     #[test]
     fn words_name_groups() {
-        let all = ["stages", "attention", "gemm", "layer", "step"];
+        let all = ["stages", "attention", "gemm", "layer", "operators", "step"];
         assert_eq!(names(&[]).unwrap(), all);
         assert_eq!(names(&["layer", "all"]).unwrap(), all);
         assert_eq!(names(&["layer", "stages", "layer"]).unwrap(), ["stages", "layer"]);
         let message = names(&["layers"]).unwrap_err().to_string();
         assert!(
-            message.contains("`layers`") && message.contains("stages, attention, gemm, layer, step, all"),
+            message.contains("`layers`") && message.contains("stages, attention, gemm, layer, operators, step, all"),
             "{message}"
         );
     }

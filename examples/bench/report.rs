@@ -14,7 +14,7 @@
 //! `low_ms` and `high_ms` are the 10th and 90th percentile; `clock` is `gpu` (timestamps, events) or `wall`; `bytes`
 //! and `flops` are the least that the row's work takes, `floor_ms` the least time that follows from them. `pass` is
 //! `forward`, `forward+backward` or empty. A row's peers are those of equal `pass` and `element` whose `shape` agrees in
-//! all that it has.
+//! all that it has; that of an operator is named `torch` and the operator's name.
 
 use std::collections::BTreeMap;
 
@@ -29,6 +29,8 @@ use crate::stats::Timing;
 pub const FLASH2: &str = "flash2";
 pub const CUDNN: &str = "cudnn";
 pub const CUBLAS: &str = "cublas";
+/// Before the name of an operator: PyTorch's own form of it.
+pub const TORCH: &str = "torch";
 
 pub const FORWARD: &str = "forward";
 pub const BOTH: &str = "forward+backward";
@@ -115,6 +117,10 @@ impl Row {
         if let (Some(m), Some(n), Some(k)) = (self.size("m"), self.size("n"), self.size("k")) {
             words.push(format!("{m}x{n}x{k}"));
         }
+        if let (Some(rows), Some(width)) = (self.size("rows"), self.size("width")) {
+            words.push(format!("{rows}x{width}"));
+        }
+        words.extend(self.size("parameters").map(thousands));
         words.push(self.element.clone());
         for (letter, name) in [("L", "levels"), ("p", "pooling"), ("k", "top_k"), ("S ", "gathered")] {
             if let Some(value) = self.size(name) {
@@ -171,14 +177,14 @@ impl Report {
 
 /// The columns that name no peer.
 const HEADER: &str = concat!(
-    "row                       pass              shape                                          ",
+    "row                         pass              shape                                          ",
     "median ms  spread runs clock             rate   floor ms  x floor"
 );
 
 /// The head of a row group's table.
 pub fn print_header(group: &str, about: &str, with_peers: bool) {
     println!("\n{group}: {about}");
-    println!("{HEADER}{}", if with_peers { "   flash2    cudnn   cublas" } else { "" });
+    println!("{HEADER}{}", if with_peers { "   flash2    cudnn   cublas    torch" } else { "" });
 }
 
 /// One line of the table.
@@ -196,7 +202,7 @@ pub fn line(row: &Row, bandwidth: f64, peers: Option<&Report>) -> String {
         None => ("-".into(), "-".into()),
     };
     let mut line = format!(
-        "{:<25} {:<17} {:<46} {:>9} {:>6.1}% {:>4} {:<5} {rate:>16} {floor:>10} {ratio:>8}",
+        "{:<27} {:<17} {:<46} {:>9} {:>6.1}% {:>4} {:<5} {rate:>16} {floor:>10} {ratio:>8}",
         row.name,
         row.pass,
         row.describe(),
@@ -210,6 +216,8 @@ pub fn line(row: &Row, bandwidth: f64, peers: Option<&Report>) -> String {
             let ratio = peers.times_as_fast(name, row).map_or("-".into(), |ratio| format!("{ratio:.2}x"));
             line.push_str(&format!(" {ratio:>8}"));
         }
+        let ratio = peers.times_as_fast(&format!("{TORCH} {}", row.name), row);
+        line.push_str(&format!(" {:>8}", ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x"))));
     }
     line
 }

@@ -4,8 +4,9 @@
     python3 tests/peers/pytorch.py --json pytorch.json
     cargo run --release --example bench -- all --baseline pytorch.json
 
-Rows: `copy` (device to device), `cublas` (f16 GEMM 8192^3), and exact causal attention on [1, H, N, D] in f16 with
-scaled_dot_product_attention, `flash2` (its FLASH_ATTENTION backend, FlashAttention-2) and `cudnn`. Times are medians of warm
+Rows: `copy` (device to device), `cublas` (f16 GEMM 8192^3), exact causal attention on [1, H, N, D] in f16 with
+scaled_dot_product_attention, `flash2` (its FLASH_ATTENTION backend, FlashAttention-2) and `cudnn`, and the operators of a training
+step as eager PyTorch has them, `torch` and the operator's name (the bench's `operators`). Times are medians of warm
 runs between CUDA events, on random data; all runs of a row are queued before the first is waited for, so that the host's
 launches do not show.
 
@@ -17,6 +18,8 @@ The JSON is what the bench writes with --json (examples/bench/report.rs):
         "median_ms": 1.25, "low_ms": 1.24, "high_ms": 1.27, "runs": 30, "clock": "gpu",
         "bytes": null, "flops": 695784701952, "floor_ms": null
     }]}
+
+An operator's backward is timed over a graph that its forward left; what it gives beyond the gradients (y of SwiGLU) is not.
 
 `low_ms` and `high_ms` are the 10th and 90th percentile. `pass` is `forward`, `forward+backward` or empty. Operations are
 counted as the field does: 2 N^2 H D forward, 7 N^2 H D forward + backward. A bench row's peers are those of equal `pass`
@@ -34,6 +37,8 @@ TOKENS = [4096, 18432, 32768, 98304, 131072]
 # One forward + backward takes longer than is worth waiting for beyond these.
 MOST_TOKENS = {"flash2": 98304, "cudnn": 131072}
 FORWARD, BOTH = "forward", "forward+backward"
+# The model of the bench's step on a discrete GPU (examples/bench/groups/step.rs), and the parameters of its optimizer row.
+MODEL = {"tokens": 98304, "width": 1024, "heads": 8, "hidden": 1536, "vocab": 256, "parameters": 1 << 26}
 
 
 def fail(message):
@@ -140,11 +145,11 @@ class Peers:
         rate = f"{flops / median * 1e-9:8.1f} TFLOP/s" if flops else f"{moved / median * 1e-6:8.1f} GB/s"
         spread = 100 * (row["high_ms"] - row["low_ms"]) / median
         size = " ".join(f"{key} {value}" for key, value in row["shape"].items())
-        print(f"{name:8} {pass_:17} {size:40} {significant(median):>8} ms {spread:5.1f}% {count:3} runs {rate}", flush=True)
+        print(f"{name:32} {pass_:17} {size:40} {significant(median):>8} ms {spread:5.1f}% {count:3} runs {rate}", flush=True)
 
     def skip(self, name, pass_, tokens, reason):
         words = " ".join(str(reason).split())
-        print(f"{name:8} {pass_:17} tokens {tokens:<33} not measured: {words[:200]}", flush=True)
+        print(f"{name:32} {pass_:17} tokens {tokens:<33} not measured: {words[:200]}", flush=True)
 
 
 def measure_copy(peers):
@@ -186,6 +191,138 @@ def measure_attention(peers, name, backend, tokens, heads, head_dim):
         for tensor in (q, k, v):
             tensor.requires_grad_()
         peers.measure(name, both, BOTH, shape=shape, flops=7 * work)
+
+
+def operators(torch, model, device="cuda"):
+    """Yields name, sizes, bytes, operations and a run of each operator."""
+    from torch.nn import functional
+
+    rows, width, heads, hidden, vocab = (model[name] for name in ("tokens", "width", "heads", "hidden", "vocab"))
+    head_dim, outputs = width // heads, 3 * width
+
+    def data(*shape):
+        return torch.randn(shape, dtype=torch.float16, device=device)
+
+    def activations(columns=width):
+        return {"rows": rows, "width": columns}
+
+    def size(m, n, k):
+        return {"m": m, "n": n, "k": k}
+
+    def without_graph(run):
+        def inner():
+            with torch.no_grad():
+                run()
+
+        return inner
+
+    def backward(y, inputs, d_y):
+        return lambda: torch.autograd.grad(y, inputs, d_y, retain_graph=True)
+
+    # Bytes of least traffic in f16, and operations, as in examples/bench/groups/operators.rs.
+    def moved(elements, words=0):
+        return 2 * elements + 4 * words
+
+    x, d_x = data(rows, width), data(rows, width)
+    ids = torch.arange(rows, device=device).mul_(2654435761).bitwise_right_shift_(7).remainder_(vocab)
+    table = data(vocab, width).requires_grad_()
+    yield "embedding", activations(), moved(rows * width, rows), None, without_graph(lambda: functional.embedding(ids, table))
+    run = backward(functional.embedding(ids, table), table, d_x)
+    yield "embedding_backward", activations(), moved(rows * width, rows), None, run
+    logits = data(rows, vocab).requires_grad_()
+
+    def cross_entropy():
+        torch.autograd.grad(functional.cross_entropy(logits, ids), logits)
+
+    yield "cross_entropy_backward", activations(vocab), moved(2 * rows * vocab, rows), None, cross_entropy
+
+    weight, leaf = data(width).requires_grad_(), x.clone().requires_grad_()
+    d_residual = data(rows, width)
+
+    def norm(x):
+        return functional.rms_norm(x, (width,), weight)
+
+    normed = norm(leaf)
+    yield "rms_norm", activations(), moved(2 * rows * width, rows), None, without_graph(lambda: norm(x))
+    run = backward(normed, (leaf, weight), d_x)
+    yield "rms_norm_backward", activations(), moved(3 * rows * width, rows), None, run
+
+    def with_residual():
+        d_leaf, _ = torch.autograd.grad(normed, (leaf, weight), d_x, retain_graph=True)
+        d_leaf.add_(d_residual)
+
+    yield "rms_norm_backward_residual", activations(), moved(4 * rows * width, rows), None, with_residual
+    del normed, leaf, d_residual, logits
+
+    angle = torch.outer(torch.arange(rows), 10000.0 ** -torch.linspace(0, 1, head_dim // 2 + 1)[:-1])
+    cosine, sine = (part.to(device, torch.float16)[:, None] for part in (angle.cos(), angle.sin()))
+
+    def rotated(qkv):
+        q, k, v = qkv.view(rows, 3, heads, head_dim).unbind(1)
+
+        def turn(x):
+            a, b = x.chunk(2, dim=-1)
+            return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+
+        return turn(q), turn(k), v
+
+    wqkv, d_qkv = data(outputs, width), data(rows, outputs)
+    products = 2 * rows * width
+
+    def product(m, n, k, epilogue=0):
+        return moved(m * k + n * k + m * n + epilogue)
+
+    run = without_graph(lambda: rotated(x @ wqkv.T))
+    yield "qkv", size(rows, outputs, width), product(rows, outputs, width), products * outputs, run
+    leaf = data(rows, outputs).requires_grad_()
+    d_heads = tuple(data(rows, heads, head_dim) for _ in range(3))
+    run = backward(rotated(leaf), leaf, d_heads)
+    yield "qkv_backward", activations(outputs), moved(2 * rows * outputs, rows * head_dim), None, run
+    del leaf, d_heads
+    run = without_graph(lambda: d_qkv @ wqkv)
+    yield "linear_backward_input", size(rows, width, outputs), product(rows, width, outputs), products * outputs, run
+    run = without_graph(lambda: d_qkv.T @ x)
+    yield "linear_backward_weight", size(outputs, width, rows), product(outputs, width, rows), products * outputs, run
+    wo, residual = data(width, width), data(rows, width)
+    run = without_graph(lambda: x @ wo.T)
+    yield "linear", size(rows, width, width), product(rows, width, width), products * width, run
+    run = without_graph(lambda: torch.addmm(residual, x, wo.T))
+    moved_bytes = product(rows, width, width, rows * width)
+    yield "linear_residual", size(rows, width, width), moved_bytes, products * width, run
+    del d_qkv, residual
+
+    gate_up_weight, down = data(2 * hidden, width), data(width, hidden)
+
+    def activated(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    run = without_graph(lambda: activated(x @ gate_up_weight.T))
+    moved_bytes = product(rows, 2 * hidden, width, rows * hidden)
+    yield "swiglu", size(rows, 2 * hidden, width), moved_bytes, 2 * products * hidden, run
+    leaf = data(rows, 2 * hidden).requires_grad_()
+    y = activated(leaf)
+
+    def swiglu_backward():
+        torch.autograd.grad(y, leaf, d_x @ down, retain_graph=True)
+
+    moved_bytes = product(rows, hidden, width, 4 * rows * hidden)
+    yield "swiglu_backward", size(rows, hidden, width), moved_bytes, products * hidden, swiglu_backward
+    del leaf, y
+
+    count = model["parameters"]
+    master = torch.zeros(count, device=device, requires_grad=True)
+    master.grad = torch.randn(count, device=device)
+    run = without_graph(lambda: torch.linalg.vector_norm(master.grad))
+    yield "grad_norm", {"parameters": count}, moved(0, count), None, run
+    optimizer = torch.optim.AdamW([master], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    weights = torch.empty(count, dtype=torch.float16, device=device)
+
+    def step():
+        optimizer.step()
+        weights.copy_(master)
+
+    yield "adamw", {"parameters": count}, moved(count, 7 * count), None, without_graph(step)
 
 
 def main():
@@ -230,6 +367,8 @@ def main():
                 # A backend that refuses the shape, or too little memory.
                 peers.skip(name, FORWARD if len(peers.rows) == measured else BOTH, tokens, error)
             torch.cuda.empty_cache()
+    for name, shape, moved, flops, run in operators(torch, MODEL):
+        peers.measure(f"torch {name}", run, shape=shape, moved=moved, flops=flops)
     if output:
         with output:
             json.dump({"device": device, "rows": peers.rows}, output, indent=2)

@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod gemm;
 pub mod layer;
+pub mod operators;
 pub mod stages;
 pub mod step;
 
@@ -22,5 +23,6 @@ pub const GROUPS: &[Group] = &[
     Group { name: "attention", about: "exact causal attention on [1, H, N, D]", run: attention::run },
     Group { name: "gemm", about: "matrix products as the model's linear maps have them", run: gemm::run },
     Group { name: "layer", about: "Lighthouse Attention and this crate's dense attention over N", run: layer::run },
+    Group { name: "operators", about: "what a training step does around attention", run: operators::run },
     Group { name: "step", about: "one training step of a model", run: step::run },
 ];

@@ -16,7 +16,8 @@ use crate::stats::Timing;
 /// Steps that are measured, after one that is not.
 const STEPS: usize = 3;
 
-fn model(kind: Kind) -> ModelConfig {
+/// The model of a device's step.
+pub fn model(kind: Kind) -> ModelConfig {
     let (tokens, width, layers, heads, attention, element) = match kind {
         Kind::Discrete => (98_304, 1024, 30, 8, LighthouseConfig::default(), Element::F16),
         Kind::Small => (8192, 512, 8, 8, LighthouseConfig { top_k: 512, ..Default::default() }, Element::F16),
