@@ -136,8 +136,8 @@ fn main(
     #end
     workgroupBarrier();
 
-    // Two workgroups of 128 invocations on a multiprocessor are 4 to 5 % faster where the driver does not make a body of 16
-    // steps, which it does where it knows the increment.
+    // Workgroups of 128 invocations, two on a multiprocessor, are 4 % faster with an increment that the driver does not know
+    // (H100: 1.30 to 1.25 ms at 18,432); those of 256 are slower.
     let body = select(2u, 2u * min(params.parts, 1u), ROW_PARTS == 2u);
     for (var body_step = first_step; body_step < end_step; body_step += body) {
         #for u in 0..2

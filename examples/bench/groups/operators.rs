@@ -242,18 +242,30 @@ impl<'a> Operators<'a> {
     }
 }
 
-fn measure(bench: &mut Bench, model: &ModelConfig) -> Result<()> {
+fn record<'a>(bench: &Bench, model: &'a ModelConfig, parameters: usize) -> Result<(Operators<'a>, AdamWTensors)> {
     let mut all = Operators::new(bench, model)?;
     all.embedding_and_loss()?;
     all.norms()?;
     all.linear_maps()?;
     all.swiglu()?;
+    let tensors = all.optimizer(parameters)?;
+    Ok((all, tensors))
+}
+
+fn measure(bench: &mut Bench, model: &ModelConfig) -> Result<()> {
     let parameters = match bench.device.kind() {
         Kind::Discrete => 1 << 26,
         Kind::Small => 1 << 24,
         Kind::Software => 1 << 20,
     };
-    let tensors = all.optimizer(parameters)?;
+    let (all, tensors) = match record(bench, model, parameters) {
+        Ok(recorded) => recorded,
+        Err(error) => {
+            let size = [("tokens", model.tokens), ("heads", model.heads), ("head_dim", model.head_dim())];
+            bench.skip(&Row::new("operators", "", model.element, &size), &error.to_string());
+            return Ok(());
+        }
+    };
     let (rows, ids) = (all.rows(), all.ids);
     let Operators { recording, random, operators, .. } = all;
     let mut runner = match bench.device.runner(recording, &random) {
