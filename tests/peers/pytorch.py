@@ -367,8 +367,12 @@ def main():
                 # A backend that refuses the shape, or too little memory.
                 peers.skip(name, FORWARD if len(peers.rows) == measured else BOTH, tokens, error)
             torch.cuda.empty_cache()
-    for name, shape, moved, flops, run in operators(torch, MODEL):
-        peers.measure(f"torch {name}", run, shape=shape, moved=moved, flops=flops)
+    try:
+        for name, shape, moved, flops, run in operators(torch, MODEL):
+            peers.measure(f"torch {name}", run, shape=shape, moved=moved, flops=flops)
+    except (AttributeError, RuntimeError) as error:
+        # An older PyTorch, or too little memory: what was measured is kept.
+        peers.skip("torch", "", MODEL["tokens"], error)
     if output:
         with output:
             json.dump({"device": device, "rows": peers.rows}, output, indent=2)
