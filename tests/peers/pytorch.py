@@ -219,7 +219,8 @@ def operators(torch, model, device="cuda"):
     def backward(y, inputs, d_y):
         return lambda: torch.autograd.grad(y, inputs, d_y, retain_graph=True)
 
-    # Bytes of least traffic in f16, and operations, as in examples/bench/groups/operators.rs.
+    # Bytes of least traffic in f16, and operations, as in examples/bench/groups/operators.rs (but
+    # that the weight gradient here is f16).
     def moved(elements, words=0):
         return 2 * elements + 4 * words
 

@@ -181,7 +181,9 @@ impl<'a> Operators<'a> {
             linear::record_backward_input(to, &shape, d_qkv, wqkv)
         })?;
         let size = [outputs, width, rows];
-        self.add("linear_backward_weight", &sizes(size), product(element, size, 0), |to| {
+        // It is in f32.
+        let wider = outputs * width * (4 / element.bytes() as usize - 1);
+        self.add("linear_backward_weight", &sizes(size), product(element, size, wider), |to| {
             linear::record_backward_weight(to, &shape, d_qkv, x, d_wqkv).map(|()| d_wqkv)
         })?;
         let o = self.input("o", &[rows, heads * head_dim])?;
@@ -276,7 +278,8 @@ fn measure(bench: &mut Bench, model: &ModelConfig) -> Result<()> {
         }
     };
     // Bytes of a text that has them all.
-    let text: Vec<u32> = (0..rows).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u32 % VOCABULARY as u32).collect();
+    let text: Vec<u32> =
+        (0..rows as u64).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u32 % VOCABULARY as u32).collect();
     let (correction1, correction2) = AdamW::default().corrections(1);
     let schedule = Schedule {
         learning_rate: 1e-3,
