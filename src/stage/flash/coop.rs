@@ -187,7 +187,7 @@ pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, scratch: bool
                 ("MATRIX_CHUNKS", matrices.chunks()),
                 ("STAGES", matrices.stages(block_m)),
                 ("KEPT_LOADS", matrices.kept_loads(first)),
-                ("UNROLL", unroll(size, SUBGROUPS)),
+                ("UNROLL", unroll(size, block_n / block_m)),
                 ("DS_SCRATCH", usize::from(scratch)),
             ],
             invocations: matrices.invocations,
