@@ -1,9 +1,10 @@
 // The first step of attention's backward (spec section 8): delta = rowsum(o * d_o), which is the part of d(softmax)
 // that all keys of a row share.
 //
-// LANES invocations share a row and sum through workgroup memory. HEAD_DIM: host constant.
+// LANES invocations share a row, in loads of 16 bytes. HEAD_DIM, LANES: host constants.
 
 #import shared/grid
+#import shared/row_reduce
 
 struct Params {
     tokens: u32, // S
@@ -13,17 +14,13 @@ struct Params {
     rows: u32, // B * H * S
 }
 
-@group(0) @binding(0) var<storage, read> o: array<elem4>;         // [B, S, H, D] or [B, H, S, D]
-@group(0) @binding(1) var<storage, read> d_o: array<elem4>;       // as o
+@group(0) @binding(0) var<storage, read> o: array<wide>;          // [B, S, H, D] or [B, H, S, D]
+@group(0) @binding(1) var<storage, read> d_o: array<wide>;        // as o
 @group(0) @binding(2) var<storage, read_write> delta: array<f32>; // [B, H, S]
 @group(0) @binding(3) var<uniform> params: Params;
 
-const WORKGROUP: u32 = 256u;
-const COLUMNS: u32 = HEAD_DIM / 4u;
-const LANES: u32 = 8u;
+const LOADS: u32 = HEAD_DIM / (4u * WIDE);
 const ROWS: u32 = WORKGROUP / LANES;
-
-var<workgroup> partial_sums: array<f32, WORKGROUP>;
 
 @compute @workgroup_size(WORKGROUP)
 fn main(
@@ -33,20 +30,18 @@ fn main(
 ) {
     // Rows count as they lie in memory.
     let row = linear_workgroup(workgroup, workgroups) * ROWS + invocation / LANES;
-    var sum = 0.0;
+    var products = vec4<f32>(0.0);
     if (row < params.rows) {
-        for (var column = invocation % LANES; column < COLUMNS; column += LANES) {
-            let at = row * COLUMNS + column;
-            sum += dot(unpack_elem(o[at]), unpack_elem(d_o[at]));
+        for (var load = invocation % LANES; load < LOADS; load += LANES) {
+            let x = unpack_wide(o[row * LOADS + load]);
+            let y = unpack_wide(d_o[row * LOADS + load]);
+            #for w in 0..WIDE
+            products = fma(x[$w], y[$w], products);
+            #end
         }
     }
-    partial_sums[invocation] = sum;
-    workgroupBarrier();
+    let sum = row_sum(products.x + products.y + products.z + products.w, invocation, 0u);
     if (row < params.rows && invocation % LANES == 0u) {
-        sum = 0.0;
-        for (var lane = 0u; lane < LANES; lane++) {
-            sum += partial_sums[invocation + lane];
-        }
         let token = row / params.token_stride % params.tokens;
         let head = row / params.head_stride % params.heads;
         let batch = row / (params.tokens * params.heads);

@@ -73,6 +73,9 @@ impl TileParams {
     }
 }
 
+/// Invocations that share a row of `flash_backward_delta`.
+const DELTA_LANES: usize = 8;
+
 params!(DeltaParams { tokens: u32, heads: u32, token_stride: u32, head_stride: u32, rows: u32 });
 
 /// The order of the axes of q, k, v, o and their gradients.
@@ -432,8 +435,9 @@ fn record_delta(recording: &mut Recording, shape: &FlashShape, o: Tensor, d_o: T
     let delta = recording.scratch("delta", Element::F32, &shape.lse())?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "attention/flash_backward_delta")
-        .element("elem", shape.element)
-        .constant("HEAD_DIM", shape.head_dim);
+        .wide(shape.element)
+        .constant("HEAD_DIM", shape.head_dim)
+        .constant("LANES", DELTA_LANES);
     let command = Command::new("flash_backward_delta", reference::DeltaReference(*shape))
         .reads("o", o)
         .reads("d_o", d_o)
@@ -448,8 +452,8 @@ fn record_delta(recording: &mut Recording, shape: &FlashShape, o: Tensor, d_o: T
                 head_stride,
                 rows: rows as u32,
             };
-            // A workgroup has 32 rows.
-            Ok((params, grid(&caps, rows.div_ceil(32) as u64)?, 2 * (rows * shape.head_dim) as u64))
+            let workgroups = rows.div_ceil(256 / DELTA_LANES) as u64;
+            Ok((params, grid(&caps, workgroups)?, 2 * (rows * shape.head_dim) as u64))
         })?;
     recording.push(command)?;
     Ok(delta)
