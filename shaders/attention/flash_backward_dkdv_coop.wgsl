@@ -34,7 +34,7 @@
 @group(0) @binding(7) var<storage, read_write> dv: array<elem4>;      // as k
 @group(0) @binding(8) var<uniform> params: Params;
 #for once in 0..DS_SCRATCH
-@group(0) @binding(9) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and block, see ds_block
+@group(0) @binding(9) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and pair of blocks, see ds_pair
 @group(0) @binding(10) var<storage, read_write> carried: array<vec4<f32>>; // [head_count, blocks of S, CARRIED]
 #end
 
@@ -227,9 +227,6 @@ fn main(
     for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
         let base = batch * params.tokens * params.heads + head * params.head_stride;
         let lse_base = (batch * params.heads + head) * params.tokens;
-        #for once in 0..DS_SCRATCH
-        let ds_at = ds_block(head - params.first_head * group_size, block) + invocation;
-        #end
         workgroupBarrier();
         for (var i = invocation; i < 2u * SCORE_ROWS; i += WORKGROUP) {
             weights[i] = elem4();
@@ -267,6 +264,11 @@ fn main(
 
         // Padded to whole bodies: queries past the last token are masked.
         for (var first_tile = 0u; first_tile < tiles; first_tile += UNROLL) {
+            #for once in 0..DS_SCRATCH
+            let queries = (first_row + first_tile * MATRIX) / BLOCK_N;
+            let ds_at = ds_pair(head - params.first_head * group_size, queries, block)
+                + first_tile % (BLOCK_N / MATRIX) * WORKGROUP + invocation;
+            #end
             #for u in 0..UNROLL
             {
                 let tile = first_tile + $uu;
@@ -352,7 +354,7 @@ fn main(
                 weights[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS] = pack_elem(d_score$i);
                 #end
                 #for once in 0..DS_SCRATCH
-                ds[ds_at + tile * WORKGROUP] = ds_pack(d_score0, d_score1);
+                ds[ds_at + $uu * WORKGROUP] = ds_pack(d_score0, d_score1);
                 #end
                 #for s in 0..STAGES
                 if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {

@@ -3,15 +3,18 @@
 //
 // A matrix product: one workgroup per (batch, head, block of BLOCK_M queries, part of the keys), with two subgroups for
 // each of ROW_PARTS parts of the rows: QUERY_MATRICES matrices of rows by half of the columns each. 2 * MATRIX keys a step,
-// two steps' loads ahead. Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees
-// such a key its d_scores are NaN already or, if its weight is zero, lack only what the last step adds.
+// AHEAD steps in a loop's body and loads AHEAD steps ahead. As in shared/gemm_coop, products are computed while a step in
+// workgroup memory gives way to the next: those of its second half but for EARLY columns of matrices.
+//
+// Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees such a key its
+// d_scores are NaN already or, if its weight is zero, lack only what the last step adds.
 
 #import shared/chunk_params
 #import shared/grid
 #import shared/lacking
 
 @group(0) @binding(0) var<storage, read_write> k: array<vec4<u32>>;  // [B, S, KV, D] or [B, KV, S, D]
-@group(0) @binding(1) var<storage, read_write> ds: array<vec4<u32>>; // by query head and block, see ds_block
+@group(0) @binding(1) var<storage, read_write> ds: array<vec4<u32>>; // by query head and pair of blocks, see ds_pair
 @group(0) @binding(2) var<storage, read_write> dq: array<elem4>;     // as k with H heads
 @group(0) @binding(3) var<storage, read_write> partial: array<vec4<f32>>; // see partial_row
 @group(0) @binding(4) var<uniform> params: Params;
@@ -95,7 +98,6 @@ fn main(
     #for r in 0..QUERY_MATRICES
     var sums$r: array<MatrixC, COLUMN_MATRICES>;
     #end
-    // d_scores of odd (0) and of even (1) steps and keys, on their way.
     {
         let at = ds_step(head_index, first_step, first_query) + ds_lane;
         #for r in 0..QUERY_MATRICES
@@ -104,10 +106,13 @@ fn main(
         d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(now$r, 1u);
         #end
     }
-    #for u in 0..2
+    // d_scores and keys of later steps, on their way.
+    var next_ds: array<array<vec4<u32>, QUERY_MATRICES>, AHEAD>;
+    var next_keys: array<array<vec4<u32>, STAGES>, AHEAD>;
+    #for u in 0..AHEAD
     let ds_at$u = ds_step(head_index, min(first_step + $uu + 1u, end_step - 1u), first_query) + ds_lane;
     #for r in 0..QUERY_MATRICES
-    var next_ds$u_$r = ds[ds_at$u + ROW_PARTS * $ru * DS_TILE];
+    next_ds[$u][$r] = ds[ds_at$u + ROW_PARTS * $ru * DS_TILE];
     #end
     #end
     // Loads advance by a step and stay at the last token.
@@ -129,70 +134,88 @@ fn main(
         keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(key$s, $hu);
         #end
     }
-    #for u in 0..2
+    #for u in 0..AHEAD
     key_at$s = min(key_at$s + STEP * row_loads, last_load);
-    var next_key$u_$s = k[key_at$s];
+    next_keys[$u][$s] = k[key_at$s];
     #end
     #end
     workgroupBarrier();
 
-    // Workgroups of 128 invocations, two on a multiprocessor, are 4 % faster with an increment that the driver does not know
-    // (H100: 1.30 to 1.25 ms at 18,432); those of 256 are slower.
-    let body = select(2u, 2u * min(params.parts, 1u), ROW_PARTS == 2u);
-    for (var body_step = first_step; body_step < end_step; body_step += body) {
-        #for u in 0..2
+    // The matrices of the halves of a step.
+    var ds_matrix: array<array<MatrixA, QUERY_MATRICES>, 2>;
+    var key_matrix: array<array<MatrixB, COLUMN_MATRICES>, 2>;
+    #for r in 0..QUERY_MATRICES
+    ds_matrix[0][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE);
+    #end
+    #for c in 0..COLUMN_MATRICES
+    key_matrix[0][$c] = load_keys(keys_at + $cu * MATRIX_VECTORS);
+    #end
+    // The maximum is the first of the two; a driver that does not see it keeps the body as it is (H100: 1 %).
+    for (var body_step = first_step; body_step < end_step; body_step = max(body_step + AHEAD, first_step)) {
+        #for u in 0..AHEAD
         {
             let step = body_step + $uu;
-            #for d in 0..2
             #for r in 0..QUERY_MATRICES
-            let ds$r_$d = coopLoadT<MatrixA>(
-                &d_scores[d_scores_at + $ru * MATRIX * DS_STRIDE + $du * MATRIX_VECTORS],
-                DS_STRIDE,
-            );
+            ds_matrix[1][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE + MATRIX_VECTORS);
             #end
             #for c in 0..COLUMN_MATRICES
-            let keys$d_$c = coopLoadT<MatrixB>(
-                &keys[keys_at + $du * MATRIX * KEY_STRIDE + $cu * MATRIX_VECTORS],
-                KEY_STRIDE,
-            );
-            #for r in 0..QUERY_MATRICES
-            sums$r[$c] = coopMultiplyAdd(ds$r_$d, keys$d_$c, sums$r[$c]);
+            key_matrix[1][$c] = load_keys(keys_at + MATRIX * KEY_STRIDE + $cu * MATRIX_VECTORS);
             #end
+            #for c in 0..COLUMN_MATRICES
+            #for r in 0..QUERY_MATRICES
+            sums$r[$c] = coopMultiplyAdd(ds_matrix[0][$r], key_matrix[0][$c], sums$r[$c]);
+            #end
+            #end
+            #for c in 0..EARLY
+            #for r in 0..QUERY_MATRICES
+            sums$r[$c] = coopMultiplyAdd(ds_matrix[1][$r], key_matrix[1][$c], sums$r[$c]);
             #end
             #end
             workgroupBarrier();
 
             #for r in 0..QUERY_MATRICES
-            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE] = vector_of_load(next_ds$u_$r, 0u);
-            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(next_ds$u_$r, 1u);
+            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE] = vector_of_load(next_ds[$u][$r], 0u);
+            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(next_ds[$u][$r], 1u);
             #end
             if ((step + 2u) * STEP > first_query && step + 1u < end_step) {
                 #for s in 0..STAGES
                 {
-                    let finite = finite_load(next_key$u_$s);
-                    if (any(finite != next_key$u_$s)) {
+                    let finite = finite_load(next_keys[$u][$s]);
+                    if (any(finite != next_keys[$u][$s])) {
                         non_finite[0] = 1u;
                     }
-                    next_key$u_$s = finite;
+                    next_keys[$u][$s] = finite;
                 }
                 #end
             }
             #for s in 0..STAGES
             if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < STEP) {
                 #for h in 0..LOAD_VECTORS
-                keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_key$u_$s, $hu);
+                keys[stage_key + $su * STAGE_ROWS * KEY_STRIDE + $hu] = vector_of_load(next_keys[$u][$s], $hu);
                 #end
             }
             #end
-            let ds_at = ds_step(head_index, min(step + 3u, end_step - 1u), first_query) + ds_lane;
+            let ds_at = ds_step(head_index, min(step + AHEAD + 1u, end_step - 1u), first_query) + ds_lane;
             #for r in 0..QUERY_MATRICES
-            next_ds$u_$r = ds[ds_at + ROW_PARTS * $ru * DS_TILE];
+            next_ds[$u][$r] = ds[ds_at + ROW_PARTS * $ru * DS_TILE];
             #end
             #for s in 0..STAGES
             key_at$s = min(key_at$s + STEP * row_loads, last_load);
-            next_key$u_$s = k[key_at$s];
+            next_keys[$u][$s] = k[key_at$s];
             #end
             workgroupBarrier();
+
+            #for r in 0..QUERY_MATRICES
+            ds_matrix[0][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE);
+            #end
+            #for c in 0..COLUMN_MATRICES
+            key_matrix[0][$c] = load_keys(keys_at + $cu * MATRIX_VECTORS);
+            #end
+            #for c in EARLY..COLUMN_MATRICES
+            #for r in 0..QUERY_MATRICES
+            sums$r[$c] = coopMultiplyAdd(ds_matrix[1][$r], key_matrix[1][$c], sums$r[$c]);
+            #end
+            #end
         }
         #end
     }
@@ -241,11 +264,18 @@ fn main(
     }
 }
 
+fn load_ds(at: u32) -> MatrixA {
+    return coopLoadT<MatrixA>(&d_scores[at], DS_STRIDE);
+}
+
+fn load_keys(at: u32) -> MatrixB {
+    return coopLoadT<MatrixB>(&keys[at], KEY_STRIDE);
+}
+
 // Where a step's d_scores begin, at the block's first tile of queries.
 fn ds_step(head: u32, step: u32, first_query: u32) -> u32 {
-    let block = step * STEP / BLOCK_N;
-    let tile = (first_query - max(block, params.first_block) * BLOCK_N) / MATRIX;
-    return ds_block(head, block) + tile * DS_TILE + step * STEP % BLOCK_N / MATRIX * SUBGROUP;
+    let pair = ds_pair(head, first_query / BLOCK_N, step * STEP / BLOCK_N);
+    return pair + first_query % BLOCK_N / MATRIX * DS_TILE + step * STEP % BLOCK_N / MATRIX * SUBGROUP;
 }
 
 // The sum of all that is infinite or NaN in a column of keys `first` to `last`.

@@ -253,6 +253,9 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
                 ("QUERY_MATRICES", SUBGROUPS / row_parts),
                 ("COLUMN_MATRICES", columns),
                 ("STAGES", step.div_ceil(invocations / row_loads)),
+                // The more subgroups share the results, the more loads the registers hold. A block of keys is four steps.
+                ("AHEAD", row_parts),
+                ("EARLY", columns.div_ceil(2)),
             ],
             invocations,
             workgroup_bytes: matrices.stored(block_m, step / 4)
