@@ -1,6 +1,6 @@
-// Embedding: row t of x is the row of the weight that token id t names. One invocation moves four elements.
+// Embedding: row t of x is the row of the weight that token id t names. One invocation moves 16 bytes.
 //
-// COLUMNS (width / 4): host constant.
+// LOADS (of 16 bytes in a row): host constant.
 
 #import shared/grid
 
@@ -10,8 +10,8 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> ids: array<u32>;           // [T]
-@group(0) @binding(1) var<storage, read> weight: array<elem4>;      // [vocab, width]
-@group(0) @binding(2) var<storage, read_write> x: array<elem4>;     // [T, width]
+@group(0) @binding(1) var<storage, read> weight: array<wide>;       // [vocab, width]
+@group(0) @binding(2) var<storage, read_write> x: array<wide>;      // [T, width]
 @group(0) @binding(3) var<uniform> params: Params;
 
 @compute @workgroup_size(256)
@@ -21,9 +21,9 @@ fn main(
     @builtin(local_invocation_index) invocation: u32,
 ) {
     let at = linear_workgroup(workgroup, workgroups) * 256u + invocation;
-    if (at >= params.rows * COLUMNS) {
+    if (at >= params.rows * LOADS) {
         return;
     }
-    let id = min(ids[at / COLUMNS], params.vocab - 1u);
-    x[at] = weight[id * COLUMNS + at % COLUMNS];
+    let id = min(ids[at / LOADS], params.vocab - 1u);
+    x[at] = weight[id * LOADS + at % LOADS];
 }

@@ -105,8 +105,9 @@ pub struct Caps {
     pub scratch_bytes: u64,
 }
 
-/// 1.5 GiB: at lengths that ask for so much, what a training step keeps of its forward is several times that.
-const SCRATCH_BYTES: u64 = 3 << 29;
+/// 2 GiB, what a binding can hold: at lengths that ask for so much, what a training step keeps of its forward is many times
+/// that.
+const SCRATCH_BYTES: u64 = 2 << 30;
 /// A GPU of 1 TFLOP/s takes 0.25 s for this much.
 const WORK_PER_DISPATCH: u64 = 1 << 38;
 /// The slowest GPU with 16x16 cooperative matrices does 8 TFLOP/s with them, and takes 0.5 s for this much.

@@ -4,7 +4,7 @@ mod reference;
 
 use crate::error::Result;
 use crate::gpu::{Kernel, grid, params};
-use crate::nn::{check_count, check_element, check_width, grid_of_columns, partials};
+use crate::nn::{check_count, check_element, check_width, grid_of_loads, partials};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
@@ -53,9 +53,10 @@ pub fn record_forward(
     recording.require("ids", ids, Element::U32, &[rows])?;
     recording.require("weight", weight, element, &[vocab, width])?;
     let x = recording.scratch("x", element, &[rows, width])?;
-    let kernel = Kernel::new(recording.caps(), "nn/embedding").element("elem", element).constant("COLUMNS", width / 4);
+    let loads = width * element.bytes() as usize / 16;
+    let kernel = Kernel::new(recording.caps(), "nn/embedding").wide(element).constant("LOADS", loads);
     let params = EmbeddingParams { rows: rows as u32, vocab: vocab as u32 };
-    let grid = grid_of_columns(recording.caps(), rows * width / 4)?;
+    let grid = grid_of_loads(recording.caps(), rows * loads)?;
     let command = Command::new("embedding", reference::Forward { shape: *shape })
         .reads("ids", ids)
         .reads("weight", weight)

@@ -526,7 +526,7 @@ mod tests {
         assert_eq!(at_once(&caps, 32_768, 8, Element::F16), Some((1, 1)));
         // The workgroup of the first keys has the queries of a whole group.
         assert_eq!(at_once(&caps, 18_432, 2, Element::F16), Some((2, 2)));
-        assert_eq!(at_once(&caps, 98_304, 8, Element::F16), Some((1, 7)));
+        assert_eq!(at_once(&caps, 98_304, 8, Element::F16), Some((2, 11)));
         assert_eq!(at_once(&Caps { scratch_bytes: 0, ..caps.clone() }, 64, 8, Element::F16), None);
     }
 
