@@ -42,6 +42,8 @@ impl Mark {
 /// Their code is not here, so a run is compared through cuDNN: theirs would take as much longer as cuDNN now takes.
 struct Authors {
     tokens: usize,
+    /// S, which tells the pyramid that was measured.
+    gathered: usize,
     pass: &'static str,
     eager: f64,
     /// With its scorer compiled.
@@ -49,21 +51,27 @@ struct Authors {
     cudnn: Option<f64>,
 }
 
-const fn authors(tokens: usize, pass: &'static str, eager: f64, compiled: Option<f64>, cudnn: Option<f64>) -> Authors {
-    Authors { tokens, pass, eager, compiled, cudnn }
+const fn authors(
+    [tokens, gathered]: [usize; 2],
+    pass: &'static str,
+    eager: f64,
+    compiled: Option<f64>,
+    cudnn: Option<f64>,
+) -> Authors {
+    Authors { tokens, gathered, pass, eager, compiled, cudnn }
 }
 
 const AUTHORS: [Authors; 10] = [
-    authors(32_768, FORWARD, 2.35, Some(2.53), Some(3.52)),
-    authors(98_304, FORWARD, 3.46, Some(3.26), Some(35.7)),
-    authors(131_072, FORWARD, 4.95, Some(4.77), Some(60.9)),
-    authors(262_144, FORWARD, 8.67, Some(8.98), Some(285.0)),
-    authors(524_288, FORWARD, 14.7, None, None),
-    authors(32_768, BOTH, 8.38, Some(7.31), Some(13.2)),
-    authors(98_304, BOTH, 12.6, Some(8.17), Some(128.0)),
-    authors(131_072, BOTH, 18.4, Some(12.5), Some(236.0)),
-    authors(262_144, BOTH, 37.6, Some(20.2), Some(954.0)),
-    authors(524_288, BOTH, 66.8, None, None),
+    authors([32_768, 18_432], FORWARD, 2.35, Some(2.53), Some(3.52)),
+    authors([98_304, 18_432], FORWARD, 3.46, Some(3.26), Some(35.7)),
+    authors([131_072, 24_576], FORWARD, 4.95, Some(4.77), Some(60.9)),
+    authors([262_144, 28_672], FORWARD, 8.67, Some(8.98), Some(285.0)),
+    authors([524_288, 32_768], FORWARD, 14.7, None, None),
+    authors([32_768, 18_432], BOTH, 8.38, Some(7.31), Some(13.2)),
+    authors([98_304, 18_432], BOTH, 12.6, Some(8.17), Some(128.0)),
+    authors([131_072, 24_576], BOTH, 18.4, Some(12.5), Some(236.0)),
+    authors([262_144, 28_672], BOTH, 37.6, Some(20.2), Some(954.0)),
+    authors([524_288, 32_768], BOTH, 66.8, None, None),
 ];
 
 /// Where cuDNN was not measured at a layer's own length, this one relates the runs.
@@ -115,7 +123,10 @@ fn of_peers(row: &Row, tokens: usize, baseline: &Report) -> Vec<Mark> {
         (LIGHTHOUSE, BOTH, ANCHOR) => against(CUDNN, [12.0, 16.0]),
         _ => {}
     }
-    let known = AUTHORS.iter().find(|known| known.tokens == tokens && known.pass == row.pass);
+    let gathered = row.size("gathered");
+    let known = AUTHORS
+        .iter()
+        .find(|known| (known.tokens, Some(known.gathered)) == (tokens, gathered) && known.pass == row.pass);
     if let (LIGHTHOUSE, Some(known)) = (row.name.as_str(), known) {
         marks.extend(of_authors(row, known, baseline, &what));
     }
@@ -193,6 +204,12 @@ mod tests {
         Row::new(name, pass, Element::F16, &shape).timed(timing, Clock::Gpu)
     }
 
+    fn lighthouse(pass: &str, [tokens, gathered]: [usize; 2], median_ms: f64) -> Row {
+        let mut row = row(LIGHTHOUSE, pass, tokens, median_ms);
+        row.shape.insert("gathered".into(), gathered);
+        row
+    }
+
     fn report(rows: Vec<Row>) -> Report {
         Report { device: String::new(), rows }
     }
@@ -201,12 +218,15 @@ mod tests {
     fn the_authors_are_scaled_by_cudnn() {
         let baseline = report(vec![row(CUDNN, FORWARD, ANCHOR, 71.4), row(CUDNN, BOTH, ANCHOR, 128.0)]);
         let own = report(vec![
-            row(LIGHTHOUSE, FORWARD, ANCHOR, 3.26),
-            row(LIGHTHOUSE, FORWARD, 524_288, 24.5),
-            row(LIGHTHOUSE, BOTH, ANCHOR, 10.0),
+            lighthouse(FORWARD, [ANCHOR, 18_432], 3.26),
+            lighthouse(FORWARD, [524_288, 32_768], 24.5),
+            lighthouse(BOTH, [ANCHOR, 18_432], 10.0),
+            // The authors measured another pyramid.
+            lighthouse(FORWARD, [ANCHOR, 24_576], 1.0),
         ]);
         let marks = marks(&own, Some(&baseline), 1.0);
         let values: Vec<f64> = marks.iter().map(|mark| mark.value).collect();
+        assert_eq!(values.len(), 4, "{values:?}");
         // cuDNN takes twice as long as then, so the authors' code would.
         for (value, expected) in values.iter().zip([2.0, 1.2, 12.8, 1.26]) {
             assert!((value - expected).abs() < 1e-9, "{values:?}");

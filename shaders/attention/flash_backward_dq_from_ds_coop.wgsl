@@ -4,7 +4,7 @@
 // A matrix product: one workgroup per (batch, head, block of BLOCK_M queries, part of the keys), with two subgroups for
 // each of ROW_PARTS parts of the rows: QUERY_MATRICES matrices of rows by half of the columns each. 2 * MATRIX keys a step,
 // AHEAD steps in a loop's body and loads AHEAD steps ahead. As in shared/gemm_coop, products are computed while a step in
-// workgroup memory gives way to the next: those of its second half but for EARLY columns of matrices.
+// workgroup memory gives way to the next: of its second half all but EARLY columns of matrices.
 //
 // Steps that the mask crosses stage keys with zero in place of infinity and NaN: where a query sees such a key its
 // d_scores are NaN already or, if its weight is zero, lack only what the last step adds.
@@ -64,7 +64,7 @@ fn main(
     let rank = unit / (params.head_count * params.parts);
     let block = params.first_block * BLOCK_N / BLOCK_M + query_blocks - 1u - rank;
     let first_query = block * BLOCK_M;
-    // The steps of the block's part of the keys; each block of keys makes an even number.
+    // The steps of the block's part of the keys; each block of keys makes four, a multiple of AHEAD.
     let first_step = part_start(block, part) * (BLOCK_M / STEP);
     let end_step = part_start(block, part + 1u) * (BLOCK_M / STEP);
     if (first_step == end_step) {
