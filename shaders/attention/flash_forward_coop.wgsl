@@ -184,7 +184,8 @@ fn main(
     // The maximum starts finite, so that no difference of two infinities arises where nothing is infinite.
     var maximum = LOWEST;
     var sum = 0.0;
-    // The maximum is the first of the two; a driver that does not see it keeps the body as it is (H100: 1 %).
+    // The maximum is always the first of the two: with an increment that the driver does not know an H100 is 0.5 to 1 % faster
+    // at 4,096 tokens.
     for (var first_tile = 0u; first_tile < tiles; first_tile = max(first_tile + UNROLL, min(tiles, UNROLL))) {
         #for u in 0..UNROLL
         {

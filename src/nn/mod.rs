@@ -44,9 +44,9 @@ fn check_element(element: Element) -> Result<()> {
     Ok(())
 }
 
-/// Workgroups for one invocation per load.
-fn grid_of_loads(caps: &Caps, loads: usize) -> Result<[u32; 3]> {
-    grid(caps, loads.div_ceil(WORKGROUP) as u64)
+/// Workgroups for at least so many invocations.
+fn grid_of_invocations(caps: &Caps, count: usize) -> Result<[u32; 3]> {
+    grid(caps, count.div_ceil(WORKGROUP) as u64)
 }
 
 /// How many invocations share a row, and how many loads each of them takes.

@@ -6,7 +6,7 @@ use std::cell::RefMut;
 use crate::cpu::Args;
 use crate::error::Result;
 use crate::gpu::{Kernel, params};
-use crate::nn::grid_of_loads;
+use crate::nn::grid_of_invocations;
 use crate::real::Real;
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
@@ -45,7 +45,7 @@ pub(super) fn sum(command: Command, recording: &Recording, slices: usize, d_weig
     let split = split(slices, columns);
     let kernel = Kernel::new(recording.caps(), "nn/sum_partials").constant("SPLIT", split);
     let params = SumPartialsParams { slices: slices as u32, columns: columns as u32 };
-    let grid = grid_of_loads(recording.caps(), columns * split)?;
+    let grid = grid_of_invocations(recording.caps(), columns * split)?;
     Ok(command.dispatch(kernel, params, grid, slices as u64 * d_weight.len()))
 }
 

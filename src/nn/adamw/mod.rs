@@ -4,7 +4,7 @@ mod reference;
 
 use crate::error::{Error, Result};
 use crate::gpu::{Kernel, params};
-use crate::nn::{check_element, grid_of_loads};
+use crate::nn::{check_element, grid_of_invocations};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
@@ -133,6 +133,6 @@ pub fn record(recording: &mut Recording, adamw: &AdamW, tensors: &AdamWTensors) 
         epsilon: adamw.epsilon,
         clip_epsilon: CLIP_EPSILON,
     };
-    let grid = grid_of_loads(recording.caps(), elements / 4)?;
+    let grid = grid_of_invocations(recording.caps(), elements / 4)?;
     recording.push(command.dispatch(kernel, params, grid, 20 * elements as u64))
 }

@@ -4,7 +4,7 @@ mod reference;
 
 use crate::error::Result;
 use crate::gpu::{Kernel, grid, params};
-use crate::nn::{check_count, check_element, check_width, grid_of_loads, partials};
+use crate::nn::{check_count, check_element, check_width, grid_of_invocations, partials};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
@@ -56,7 +56,7 @@ pub fn record_forward(
     let loads = width * element.bytes() as usize / 16;
     let kernel = Kernel::new(recording.caps(), "nn/embedding").wide(element).constant("LOADS", loads);
     let params = EmbeddingParams { rows: rows as u32, vocab: vocab as u32 };
-    let grid = grid_of_loads(recording.caps(), rows * loads)?;
+    let grid = grid_of_invocations(recording.caps(), rows * loads)?;
     let command = Command::new("embedding", reference::Forward { shape: *shape })
         .reads("ids", ids)
         .reads("weight", weight)

@@ -6,7 +6,7 @@ mod reference;
 use crate::error::{Error, Result};
 use crate::gpu::{Kernel, params};
 use crate::nn::gemm::{self, Gemm, GemmPlan};
-use crate::nn::{check_count, check_element, check_width, grid_of_loads};
+use crate::nn::{check_count, check_element, check_width, grid_of_invocations};
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
 
@@ -142,7 +142,7 @@ pub fn record_backward(
         .dispatch(
             shape.constants(kernel),
             QkvBackwardParams { rows: rows as u32 },
-            grid_of_loads(recording.caps(), elements / 8)?,
+            grid_of_invocations(recording.caps(), elements / 8)?,
             3 * elements as u64,
         );
     recording.push(command)?;
