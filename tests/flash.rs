@@ -99,20 +99,49 @@ fn f16_of_head_dim_128_matches_the_reference() {
 
 /// Scores before the scale grow with the key from -30 to 30, so that every tile raises the maximum, and shrink for
 /// every other query, so that the first tile outweighs all others.
+fn growing(shape: &FlashShape) -> [Vec<f32>; 4] {
+    let mut values = uniform(shape);
+    let width = shape.head_dim;
+    for t in 0..shape.tokens {
+        let slope = (t as f32 / shape.tokens as f32 * 2.0 - 1.0) * 30.0 / width as f32;
+        let sign = if t % 2 == 0 { 1.0 } else { -1.0 };
+        for b in 0..shape.batch {
+            for h in 0..shape.heads {
+                values[0][row(shape, shape.heads, (b, h, t))..][..width].iter_mut().for_each(|q| *q = sign + 0.1 * *q);
+            }
+            for h in 0..shape.kv_heads {
+                values[1][row(shape, shape.kv_heads, (b, h, t))..][..width]
+                    .iter_mut()
+                    .for_each(|k| *k = slope + 0.1 * *k);
+            }
+        }
+    }
+    values
+}
+
 #[test]
 fn a_growing_maximum_rescales() {
     for element in [F32, F16] {
         let shape = shape((1, 200, 2, 1, 64), element, HeadsTokens);
-        let mut values = uniform(&shape);
-        for t in 0..shape.tokens {
-            let slope = (t as f32 / shape.tokens as f32 * 2.0 - 1.0) * 30.0 / shape.head_dim as f32;
-            for h in 0..shape.heads {
-                let sign = if t % 2 == 0 { 1.0 } else { -1.0 };
-                values[0][row(&shape, shape.heads, (0, h, t))..][..64].iter_mut().for_each(|q| *q = sign + 0.1 * *q);
-            }
-            values[1][row(&shape, 1, (0, 0, t))..][..64].iter_mut().for_each(|k| *k = slope + 0.1 * *k);
+        check_both(&shape, &growing(&shape));
+    }
+}
+
+/// With many workgroups and a small head_dim the kernels with matrices give subgroups whole rows.
+#[test]
+fn many_workgroups_match_the_reference() {
+    for (shape, growing_too) in [
+        (shape((32, 150, 8, 4, 64), F16, TokensHeads), true),
+        (shape((16, 130, 16, 16, 48), F16, HeadsTokens), false),
+        (shape((64, 65, 4, 1, 16), F32, TokensHeads), true),
+    ] {
+        let forward = |values: &[Vec<f32>; 4]| {
+            check(&format!("forward of {shape:?}"), 2.0, &|recording| build(recording, &shape, values, false));
+        };
+        forward(&uniform(&shape));
+        if growing_too {
+            forward(&growing(&shape));
         }
-        check_both(&shape, &values);
     }
 }
 
@@ -134,6 +163,15 @@ fn non_finite_inputs_reach_what_depends_on_them() {
             check_both(&shape, &values);
             check_with_scratch(&shape, &values, &[0]);
         }
+    }
+    for (tensor, value) in NON_FINITE.into_iter().filter(|(tensor, _)| *tensor < 3) {
+        let shape = shape((64, 150, 4, 1, 16), F16, HeadsTokens);
+        let mut values = uniform(&shape);
+        for (b, t) in [(0, 45), (0, 100), (63, 100), (63, 149)] {
+            values[tensor][row(&shape, [4, 1, 1][tensor], (b, 0, t)) + 5] = value;
+        }
+        let what = format!("forward of {shape:?} with {value} in tensor {tensor}");
+        check(&what, 2.0, &|recording| build(recording, &shape, &values, false));
     }
 }
 

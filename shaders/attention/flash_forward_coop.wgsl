@@ -25,6 +25,7 @@
 #import shared/flash_params
 #import shared/grid
 #import shared/lacking
+#import shared/non_finite_values
 
 // Loads of 16 bytes are fastest, and stay where they are issued only from bindings that could be written.
 @group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>; // [B, S, H, D] or [B, H, S, D]
@@ -52,6 +53,11 @@ const VALUE_STRIDE: u32 = 2u * COLUMN_MATRICES * MATRIX_VECTORS + 2u;
 const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
 const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
 
+// What lies behind a row of scores is free: the factor of its o (an H100 is 1 % faster than with an array of its own), and
+// behind that in the first row whether a row's maximum rose, by parity of the tile, and whether values held infinity or NaN.
+const ROW_END: u32 = SCORE_STRIDE - 2u;
+const FLAGS: u32 = SCORE_STRIDE - 1u;
+
 // A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
 const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
 const MATRIX_CHUNKS: u32 = MATRIX_VECTORS / MATRIX_LANES;
@@ -69,9 +75,6 @@ var<workgroup> keys: array<elem4, BLOCK_N * KEY_STRIDE>;
 var<workgroup> values: array<elem4, BLOCK_N * VALUE_STRIDE>;
 var<workgroup> scores: array<vec4<f32>, BLOCK_M * SCORE_STRIDE>;
 var<workgroup> weights: array<elem4, BLOCK_M * SCORE_STRIDE>;
-var<workgroup> row_factor: array<f32, BLOCK_M>;
-// Whether a row's maximum rose, by parity of the tile; whether values held infinity or NaN.
-var<workgroup> flags: vec4<u32>;
 
 @compute @workgroup_size(WORKGROUP)
 fn main(
@@ -101,6 +104,7 @@ fn main(
     let block_row = subgroup * MATRIX + lane_row;
     let query = first_query + block_row;
     let row_at = block_row * SCORE_STRIDE + lane;
+    let row_end = block_row * SCORE_STRIDE + ROW_END;
     let pair_row = subgroup / 2u * 2u * MATRIX;
     let scores_at = pair_row * SCORE_STRIDE + half * MATRIX_VECTORS;
     let weights_at = pair_row * SCORE_STRIDE;
@@ -159,9 +163,9 @@ fn main(
     for (var i = invocation; i < BLOCK_N * VALUE_STRIDE; i += WORKGROUP) {
         values[i] = elem4();
     }
-    row_factor[block_row] = 1.0;
+    scores[row_end].x = 1.0;
     if (invocation == 0u) {
-        flags = vec4<u32>(0u);
+        scores[FLAGS] = vec4<f32>(0.0);
     }
     // Loads advance by a tile and stay at the last token.
     let row_loads = params.kv_token_stride * LOADS;
@@ -218,7 +222,7 @@ fn main(
 
             // Phase 2.
             if (invocation == 0u) {
-                flags[(tile + 1u) % 2u] = 0u;
+                scores[FLAGS][(tile + 1u) % 2u] = 0.0;
             }
             #for s in 0..2
             #for c in 0..COLUMN_MATRICES
@@ -258,7 +262,7 @@ fn main(
                     {
                         let finite = finite_load(next_value$s);
                         if (any(finite != next_value$s)) {
-                            flags[2] = 1u;
+                            scores[FLAGS][2] = 1.0;
                         }
                         next_value$s = finite;
                     }
@@ -292,14 +296,14 @@ fn main(
                     partial_sum += weight;
                     weights[row_at + i * LANES] = pack_elem(weight);
                 }
-                row_factor[block_row] = select(1.0, rescale, tile > 0u);
+                scores[row_end].x = select(1.0, rescale, tile > 0u);
                 if (subgroupAny(rises)) {
-                    flags[tile % 2u] = 1u;
+                    scores[FLAGS][tile % 2u] = 1.0;
                 }
             }
             sum += (partial_sum.x + partial_sum.y) + (partial_sum.z + partial_sum.w);
             workgroupBarrier();
-            let rose = flags[tile % 2u] != 0u;
+            let rose = scores[FLAGS][tile % 2u] != 0.0;
 
             #for s in 0..STAGES
             if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
@@ -317,8 +321,9 @@ fn main(
                 coopStoreT(o$r[$c], &scores[exchange_at], SCORE_STRIDE);
                 subgroupBarrier();
                 if (lane < MATRIX_LANES) {
+                    let factor = scores[(pair_row + $ru * MATRIX + lane_row) * SCORE_STRIDE + ROW_END].x;
                     for (var i = 0u; i < MATRIX_CHUNKS; i++) {
-                        scores[exchange_row + i * MATRIX_LANES] *= row_factor[pair_row + $ru * MATRIX + lane_row];
+                        scores[exchange_row + i * MATRIX_LANES] *= factor;
                     }
                 }
                 subgroupBarrier();
@@ -326,7 +331,7 @@ fn main(
                 #end
                 #end
                 workgroupBarrier();
-                row_factor[block_row] = 1.0;
+                scores[row_end].x = 1.0;
             }
             #for s in 0..STAGES
             value_at$s = min(value_at$s + BLOCK_N * row_loads, last_load);
@@ -359,7 +364,7 @@ fn main(
     if (lane == 0u && query < params.tokens) {
         lse[(batch * params.heads + head) * params.tokens + query] = (maximum + log2(sum)) * LN_2;
     }
-    row_factor[block_row] = 1.0 / sum;
+    scores[row_end].x = 1.0 / sum;
     workgroupBarrier();
     // A column of matrices of o at a time, where its part of a tile's scores was. It is short code, and what is rare comes
     // after it: 25 KB for the same took an H100 1.5 us longer a workgroup, presumably to fetch what runs once.
@@ -375,11 +380,11 @@ fn main(
         let column = values_at + $cu * MATRIX_VECTORS + i % MATRIX_VECTORS;
         if (first_query + row < params.tokens && column < VECTORS) {
             let sum = scores[row * SCORE_STRIDE + half * MATRIX_VECTORS + i % MATRIX_VECTORS];
-            o[(base + (first_query + row) * params.token_stride) * VECTORS + column] = pack_elem(sum * row_factor[row]);
+            o[(base + (first_query + row) * params.token_stride) * VECTORS + column] = pack_elem(sum * scores[row * SCORE_STRIDE + ROW_END].x);
         }
     }
     #end
-    if (flags[2] != 0u) {
+    if (scores[FLAGS][2] != 0.0) {
         for (var c = 0u; c < COLUMN_MATRICES; c++) {
             for (var i = subgroup_lane; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
                 let token = first_query + pair_row + i / MATRIX_VECTORS;
@@ -392,14 +397,4 @@ fn main(
             }
         }
     }
-}
-
-// The sum of all that is infinite or NaN in a column of the values of keys `first` to `last`.
-fn non_finite_values(kv_base: u32, first: u32, last: u32, column: u32) -> vec4<f32> {
-    var sum = vec4<f32>(0.0);
-    for (var key = first; key <= last; key++) {
-        let load = v[(kv_base + key * params.kv_token_stride) * LOADS + column / LOAD_VECTORS];
-        sum += unpack_elem(vector_of_load(load ^ finite_load(load), column % LOAD_VECTORS));
-    }
-    return sum;
 }

@@ -21,6 +21,11 @@ const fn unroll(size: usize, tiles: usize) -> usize {
 }
 /// Largest head_dim: kept rows and results of more do not fit the registers, nor staged rows 48 KiB of workgroup memory.
 const MAX_HEAD_DIM: usize = 128;
+/// Subgroups of a workgroup of `flash_forward_rows_coop`: of four, two workgroups share a multiprocessor of an H100.
+const ROWS_SUBGROUPS: usize = 4;
+/// Where it is faster than `flash_forward_coop`: up to this head_dim, from so many workgroups on (measured on an H100).
+const ROWS_HEAD_DIM: usize = 64;
+const ROWS_WORKGROUPS: usize = 512;
 /// Queries of a workgroup of `flash_backward_dq_sum`.
 pub(super) const SUM_ROWS: usize = 32;
 /// Workgroups of `flash_backward_dq_from_ds_coop` that keep a large GPU busy to the end: with fewer, several share a
@@ -159,9 +164,42 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
             workgroup_bytes: matrices.stored(block_n, row_vectors)
                 + matrices.stored(block_n, 2 * columns * vectors)
                 + Matrices::single(block_m, score_vectors)
-                + matrices.stored(block_m, score_vectors)
-                + 4 * block_m
-                + 16,
+                + matrices.stored(block_m, score_vectors),
+        },
+    )
+}
+
+/// The tile of `flash_forward_rows_coop`, for shapes that it is faster for than `flash_forward_coop`.
+pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
+    let FlashShape { batch, tokens, heads, head_dim, element, .. } = *shape;
+    let Matrices { size, vectors, subgroup, lanes, row_vectors, row_loads, depth, element_bytes, .. } =
+        Matrices::new(caps, head_dim, element)?;
+    let (block_m, block_n, invocations) = (2 * size * ROWS_SUBGROUPS, size, ROWS_SUBGROUPS * subgroup);
+    let workgroups = batch * heads * tokens.div_ceil(block_m);
+    if head_dim > ROWS_HEAD_DIM || workgroups < ROWS_WORKGROUPS || lanes > vectors || row_loads > invocations {
+        return None;
+    }
+    let matrix_rows = |vectors: usize, bytes: usize| size * (vectors + 2) * 4 * bytes;
+    let score_vectors = 2 * ROWS_SUBGROUPS * vectors;
+    fitting(
+        caps,
+        Tile {
+            shader: "attention/flash_forward_rows_coop",
+            block_m,
+            block_n,
+            matrix: Some(size),
+            constants: vec![
+                ("SUBGROUP", subgroup),
+                ("DEPTH_MATRICES", depth),
+                ("CHUNKS", vectors / lanes),
+                ("LANE_BITS", lanes.ilog2() as usize),
+                ("STAGES", block_n.div_ceil(invocations / row_loads)),
+                ("UNROLL", unroll(size, 2)),
+            ],
+            invocations,
+            workgroup_bytes: 2 * matrix_rows(2 * row_vectors, element_bytes)
+                + matrix_rows(score_vectors, 4)
+                + matrix_rows(score_vectors, element_bytes),
         },
     )
 }

@@ -343,7 +343,10 @@ pub fn record_forward(
     recording.require("o", o, shape.element, &shape.q())?;
     let lse = recording.scratch("lse", Element::F32, &shape.lse())?;
     let caps = recording.caps().clone();
-    let tile = plan(&caps, shape.head_dim, shape.element)?.forward;
+    let tile = match coop::forward_of_rows(&caps, shape) {
+        Some(tile) => tile,
+        None => plan(&caps, shape.head_dim, shape.element)?.forward,
+    };
     let kernel = shape.kernel(&caps, &tile);
     let blocks = shape.tokens.div_ceil(tile.block_m);
     let command = Command::new("flash_forward", reference::ForwardReference(*shape))
