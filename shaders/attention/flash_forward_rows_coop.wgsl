@@ -8,11 +8,11 @@
 // Keys and values have two buffers and a barrier closes a phase, which stages the keys of tile j + 2 and the values of
 // tile j. Two workgroups share a multiprocessor of an H100, which is what their 24 KiB are for: while one waits the other
 // works. At head_dim 64 this is 1.25 times as fast as flash_forward_coop, whose phases take turns at the matrices, the
-// exponentials and workgroup memory; from head_dim 80 on it is slower, and the rows of a workgroup that has a
-// multiprocessor to itself take 1.2 times as long.
+// exponentials and workgroup memory. All of a phase that is not rare is one stretch of code, for the driver to mix: with
+// the rescaling a phase later, behind the barrier, a branch more, it is 8 % slower, and 15 % with a branch before the
+// staging.
 //
-// The lazy rescaling, the bits of the mask, and infinity and NaN in what it excludes, are as in flash_forward_coop; that a
-// row's maximum rose is seen a phase later, before its weights are multiplied.
+// The lazy rescaling, and infinity and NaN in what the mask excludes, are as in flash_forward_coop.
 
 #import shared/flash_params
 #import shared/grid
@@ -53,10 +53,8 @@ const LOADS: u32 = VECTORS / LOAD_VECTORS;
 const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && BLOCK_N % STAGE_ROWS == 0u;
 
-// The last two vectors of the first row of scores are no scores: whether a maximum rose, by the tile modulo 4, and
-// whether values held infinity or NaN.
-const ROSE: u32 = SCORE_STRIDE - 1u;
-const NON_FINITE: u32 = SCORE_STRIDE - 2u;
+// What lies behind the first row of scores is free: whether values held infinity or NaN.
+const NON_FINITE: u32 = SCORE_STRIDE - 1u;
 
 // Every variable a multiple of 16 bytes, as cooperative loads assume.
 var<workgroup> tiles: array<elem4, 2u * TILE_VECTORS>;
@@ -137,7 +135,6 @@ fn main(
     #end
     #end
     if (invocation == 0u) {
-        scores[ROSE] = vec4<f32>(0.0);
         scores[NON_FINITE] = vec4<f32>(0.0);
     }
     #for s in 0..STAGES
@@ -170,7 +167,6 @@ fn main(
     #for r in 0..2
     var maximum$r = LOWEST;
     var sum$r = 0.0;
-    var rescale$r = 1.0;
     #end
     for (var first_tile = 0u; first_tile < end_tile; first_tile += UNROLL) {
         #for u in 0..UNROLL
@@ -181,7 +177,18 @@ fn main(
             let buffer = select(tile, $uu, UNROLL % 2u == 0u) % 2u * TILE_VECTORS;
             let other = TILE_VECTORS - buffer;
 
-            let rose = scores[ROSE][(tile + 3u) % 4u] != 0.0;
+            if (first_key + BLOCK_N - 1u > first_query) {
+                #for s in 0..STAGES
+                {
+                    let finite = finite_load(next_value$s);
+                    if (any(finite != next_value$s)) {
+                        scores[NON_FINITE].x = 1.0;
+                    }
+                    next_value$s = finite;
+                }
+                #end
+            }
+
             #for r in 0..2
             #for i in 0..CHUNKS
             let chunk$r_$i = scores[row_at + $ru * MATRIX_VECTORS + $iu * LANES];
@@ -197,22 +204,6 @@ fn main(
             next_scores$r = coopMultiplyAdd(q$r[$d], keys$d, next_scores$r);
             #end
             #end
-            // What rose with tile 0 has nothing to rescale.
-            if (rose && tile > 1u) {
-                #for r in 0..2
-                #for d in 0..DEPTH_MATRICES
-                subgroupBarrier();
-                coopStoreT(o$r[$d], &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-                subgroupBarrier();
-                for (var i = 0u; i < CHUNKS; i++) {
-                    scores[row_at + $ru * MATRIX_VECTORS + i * LANES] *= rescale$r;
-                }
-                subgroupBarrier();
-                o$r[$d] = coopLoadT<MatrixC>(&scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-                #end
-                rescale$r = 1.0;
-                #end
-            }
             #for d in 0..DEPTH_MATRICES
             let values$d = coopLoadT<MatrixB>(&tiles[other + VECTORS + $du * MATRIX_VECTORS], TILE_STRIDE);
             #for r in 0..2
@@ -226,8 +217,7 @@ fn main(
             let weight$r_$i = exp2(fma(chunk$r_$i, vec4<f32>(params.scale), vec4<f32>(-maximum$r)));
             partial_sum$r += weight$r_$i;
             #end
-            // Each row by itself: the maximum of two would hide a large sum behind the other row's NaN.
-            let large$r = max(max(partial_sum$r.x, partial_sum$r.y), max(partial_sum$r.z, partial_sum$r.w)) > LARGE;
+            let largest$r = max(max(partial_sum$r.x, partial_sum$r.y), max(partial_sum$r.z, partial_sum$r.w));
             #end
             subgroupBarrier();
             #for r in 0..2
@@ -235,17 +225,6 @@ fn main(
             weights[row_at + $ru * MATRIX_VECTORS + $iu * LANES] = pack_elem(weight$r_$i);
             #end
             #end
-            if (first_key + BLOCK_N - 1u > first_query) {
-                #for s in 0..STAGES
-                {
-                    let finite = finite_load(next_value$s);
-                    if (any(finite != next_value$s)) {
-                        scores[NON_FINITE].x = 1.0;
-                    }
-                    next_value$s = finite;
-                }
-                #end
-            }
             #for s in 0..STAGES
             if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
                 #for h in 0..LOAD_VECTORS
@@ -258,7 +237,8 @@ fn main(
             value_at$s = min(value_at$s + BLOCK_N * row_loads, last_load);
             next_value$s = v[value_at$s];
             #end
-            if (subgroupAny(large0 || large1) || first_key + BLOCK_N - 1u > first_row) {
+            // Not below LARGE, with NaN: that of one row must not hide the other's sum.
+            if (takes_branch(!(max(largest0, largest1) <= LARGE) || first_key + BLOCK_N - 1u > first_row)) {
                 // Again, with the mask and the true maximum.
                 #for r in 0..2
                 var row_maximum$r = LOWEST;
@@ -277,9 +257,8 @@ fn main(
                 row_maximum$r *= params.scale;
                 let rises$r = row_maximum$r > maximum$r + LAZY;
                 let new_maximum$r = select(maximum$r, row_maximum$r, rises$r);
-                let fall$r = exp2(maximum$r - new_maximum$r);
-                sum$r *= fall$r;
-                rescale$r = select(1.0, fall$r, tile > 0u);
+                let rescale$r = exp2(maximum$r - new_maximum$r);
+                sum$r *= rescale$r;
                 maximum$r = new_maximum$r;
                 partial_sum$r = vec4<f32>(0.0);
                 #for i in 0..CHUNKS
@@ -292,17 +271,27 @@ fn main(
                 weights[row_at + $ru * MATRIX_VECTORS + $iu * LANES] = pack_elem(again$r_$i);
                 #end
                 #end
-                if (subgroupAny(rises0 || rises1)) {
-                    scores[ROSE][tile % 4u] = 1.0;
+                // Before the first tile there is nothing to rescale.
+                if (takes_branch((rises0 || rises1) && tile > 0u)) {
+                    #for r in 0..2
+                    #for d in 0..DEPTH_MATRICES
+                    subgroupBarrier();
+                    coopStoreT(o$r[$d], &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+                    subgroupBarrier();
+                    for (var i = 0u; i < CHUNKS; i++) {
+                        scores[row_at + $ru * MATRIX_VECTORS + i * LANES] *= rescale$r;
+                    }
+                    subgroupBarrier();
+                    o$r[$d] = coopLoadT<MatrixC>(&scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+                    #end
+                    #end
+                    subgroupBarrier();
                 }
             }
             #for r in 0..2
             sum$r += (partial_sum$r.x + partial_sum$r.y) + (partial_sum$r.z + partial_sum$r.w);
             coopStoreT(next_scores$r, &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
             #end
-            if (invocation == 0u) {
-                scores[ROSE][(tile + 1u) % 4u] = 0.0;
-            }
             workgroupBarrier();
         }
         #end
@@ -313,20 +302,6 @@ fn main(
     #for r in 0..2
     let weights$r = coopLoadT<MatrixA>(&weights[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
     #end
-    if (scores[ROSE][(end_tile - 1u) % 4u] != 0.0) {
-        #for r in 0..2
-        #for d in 0..DEPTH_MATRICES
-        subgroupBarrier();
-        coopStoreT(o$r[$d], &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-        subgroupBarrier();
-        for (var i = 0u; i < CHUNKS; i++) {
-            scores[row_at + $ru * MATRIX_VECTORS + i * LANES] *= rescale$r;
-        }
-        subgroupBarrier();
-        o$r[$d] = coopLoadT<MatrixC>(&scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-        #end
-        #end
-    }
     #for d in 0..DEPTH_MATRICES
     let values$d = coopLoadT<MatrixB>(&tiles[last_buffer + VECTORS + $du * MATRIX_VECTORS], TILE_STRIDE);
     #for r in 0..2

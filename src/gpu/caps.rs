@@ -96,6 +96,8 @@ pub struct Caps {
     pub subgroup: usize,
     /// Invocations of the smallest subgroup whose invocations can exchange values; 0 if they cannot.
     pub exchange: usize,
+    /// Whether a subgroup can pass barriers of its own in a branch that others of its workgroup do not take.
+    pub lone_barriers: bool,
     /// The kernels to use.
     pub tier: Tier,
     /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
@@ -124,6 +126,7 @@ impl Default for Caps {
             matrices: Vec::new(),
             subgroup: 0,
             exchange: 0,
+            lone_barriers: false,
             tier: Tier::SimtF32,
             work_per_dispatch: WORK_PER_DISPATCH,
             scratch_bytes: SCRATCH_BYTES,
@@ -156,6 +159,7 @@ impl Caps {
             | wgpu::Features::SUBGROUP_BARRIER
             | wgpu::Features::SHADER_F16;
         let usable = subgroup > 0 && features.contains(needed);
+        let software = info.device_type == wgpu::DeviceType::Cpu;
         let mut caps = Self {
             limits: device.limits(),
             shader_f16: features.contains(wgpu::Features::SHADER_F16),
@@ -163,10 +167,11 @@ impl Caps {
             matrices: matrices.iter().filter(|_| usable).filter_map(MatrixKind::new).collect(),
             subgroup,
             exchange: if features.contains(wgpu::Features::SUBGROUP) { info.subgroup_min_size as usize } else { 0 },
+            // llvmpipe's wait for the whole workgroup.
+            lone_barriers: usable && !software,
             ..Self::default()
         };
         // Drivers that compute on the CPU gain nothing by matrices, and compile their kernels for a minute.
-        let software = info.device_type == wgpu::DeviceType::Cpu;
         let best = caps.tiers().into_iter().rfind(|tier| !software || tier.matrix().is_none());
         caps.set_tier(best.unwrap_or(Tier::SimtF32));
         caps

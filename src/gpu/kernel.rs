@@ -161,6 +161,11 @@ impl Kernel {
         self.module(if exchange(caps, lanes) { "shared/group_reduce_subgroup" } else { "shared/group_reduce" })
     }
 
+    /// Gives the shader `takes_branch`, for branches with barriers of a subgroup in them.
+    pub(crate) fn branch(self, caps: &Caps) -> Self {
+        self.module(if caps.lone_barriers { "shared/branch_subgroup" } else { "shared/branch_workgroup" })
+    }
+
     /// Gives the shader `row_norms` over the row groups of `shared/rows`, likewise.
     pub(crate) fn row_norms(self, caps: &Caps, head_dim: usize, element: Element) -> Self {
         let exchange = exchange(caps, loads(head_dim, element));

@@ -54,6 +54,8 @@ shaders! {
     "nn/swiglu",
     "nn/swiglu_backward",
     "shared/adamw",
+    "shared/branch_subgroup",
+    "shared/branch_workgroup",
     "shared/chunk_params",
     "shared/cross_entropy",
     "shared/dq_parts",

@@ -169,6 +169,9 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
     )
 }
 
+/// The forward whose subgroups branch by themselves.
+pub(super) const FORWARD_OF_ROWS: &str = "attention/flash_forward_rows_coop";
+
 /// The tile of `flash_forward_rows_coop`, for shapes that it is faster for than `flash_forward_coop`.
 pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
     let FlashShape { batch, tokens, heads, head_dim, element, .. } = *shape;
@@ -184,7 +187,7 @@ pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
     fitting(
         caps,
         Tile {
-            shader: "attention/flash_forward_rows_coop",
+            shader: FORWARD_OF_ROWS,
             block_m,
             block_n,
             matrix: Some(size),
@@ -199,7 +202,8 @@ pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
             invocations,
             workgroup_bytes: 2 * matrix_rows(2 * row_vectors, element_bytes)
                 + matrix_rows(score_vectors, 4)
-                + matrix_rows(score_vectors, element_bytes),
+                + matrix_rows(score_vectors, element_bytes)
+                + if caps.lone_barriers { 0 } else { 16 },
         },
     )
 }

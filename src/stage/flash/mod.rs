@@ -185,6 +185,9 @@ impl FlashShape {
             .constant("BLOCK_N", tile.block_n);
         if let Some(size) = tile.matrix {
             kernel = kernel.matrices(size, self.element);
+            if tile.shader == coop::FORWARD_OF_ROWS {
+                kernel = kernel.branch(caps);
+            }
         } else if tile.shader == plan::FORWARD {
             kernel = kernel.group_reduce(caps, tile.block_n / 4);
         }
