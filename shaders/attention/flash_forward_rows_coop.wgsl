@@ -238,7 +238,7 @@ fn main(
             next_value$s = v[value_at$s];
             #end
             // Not below LARGE, with NaN: that of one row must not hide the other's sum.
-            if (takes_branch(!(max(largest0, largest1) <= LARGE) || first_key + BLOCK_N - 1u > first_row)) {
+            if (takes_branch(first_key + BLOCK_N - 1u > first_row, !(max(largest0, largest1) <= LARGE))) {
                 // Again, with the mask and the true maximum.
                 #for r in 0..2
                 var row_maximum$r = LOWEST;
@@ -272,7 +272,7 @@ fn main(
                 #end
                 #end
                 // Before the first tile there is nothing to rescale.
-                if (takes_branch((rises0 || rises1) && tile > 0u)) {
+                if (takes_branch(false, (rises0 || rises1) && tile > 0u)) {
                     #for r in 0..2
                     #for d in 0..DEPTH_MATRICES
                     subgroupBarrier();

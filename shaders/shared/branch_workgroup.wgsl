@@ -3,10 +3,10 @@
 
 var<workgroup> branch_wanted: atomic<u32>;
 
-fn takes_branch(wanted: bool) -> bool {
+fn takes_branch(all_want: bool, wanted: bool) -> bool {
     atomicStore(&branch_wanted, 0u);
     workgroupBarrier();
-    if (wanted) {
+    if (all_want || wanted) {
         atomicStore(&branch_wanted, 1u);
     }
     workgroupBarrier();

@@ -13,7 +13,8 @@ use crate::tensor::Element;
 /// Subgroups of a workgroup. On an H100 one workgroup of eight is resident on a multiprocessor, and its registers hold
 /// the kept rows and the results.
 const SUBGROUPS: usize = 8;
-/// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of dk and dv a whole block
+/// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of the forward of rows four,
+/// 3 to 16 % over two; of dk and dv a whole block
 /// (the tiles of queries are numbered within blocks), 3 % over two (measured on an H100). Software drivers, which have
 /// matrices of 8x8, compile too long already with two.
 const fn unroll(size: usize, tiles: usize) -> usize {
@@ -24,8 +25,8 @@ const MAX_HEAD_DIM: usize = 128;
 /// Subgroups of a workgroup of `flash_forward_rows_coop`: of four, two workgroups share a multiprocessor of an H100.
 const ROWS_SUBGROUPS: usize = 4;
 /// Where it is faster than `flash_forward_coop`: up to this head_dim, from so many workgroups on (measured on an H100).
-const ROWS_HEAD_DIM: usize = 64;
-const ROWS_WORKGROUPS: usize = 512;
+const ROWS_HEAD_DIM: usize = 80;
+const ROWS_WORKGROUPS: usize = 384;
 /// Queries of a workgroup of `flash_backward_dq_sum`.
 pub(super) const SUM_ROWS: usize = 32;
 /// Workgroups of `flash_backward_dq_from_ds_coop` that keep a large GPU busy to the end: with fewer, several share a
@@ -197,7 +198,7 @@ pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
                 ("CHUNKS", vectors / lanes),
                 ("LANE_BITS", lanes.ilog2() as usize),
                 ("STAGES", block_n.div_ceil(invocations / row_loads)),
-                ("UNROLL", unroll(size, 2)),
+                ("UNROLL", unroll(size, 4)),
             ],
             invocations,
             workgroup_bytes: 2 * matrix_rows(2 * row_vectors, element_bytes)
