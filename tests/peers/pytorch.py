@@ -37,6 +37,7 @@ TOKENS = [4096, 18432, 32768, 98304, 131072]
 # One forward + backward takes longer than is worth waiting for beyond these.
 MOST_TOKENS = {"flash2": 98304, "cudnn": 131072}
 FORWARD, BOTH = "forward", "forward+backward"
+GROUPS = ["attention", "operators"]
 # The model of the bench's step on a discrete GPU (examples/bench/groups/step.rs), and the parameters of its optimizer row.
 MODEL = {"tokens": 98304, "width": 1024, "heads": 8, "hidden": 1536, "vocab": 256, "parameters": 1 << 26}
 
@@ -60,16 +61,21 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog="The module's text describes rows and schema."
     )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="attention or operators [default: both]")
     parser.add_argument("--json", metavar="FILE", help="write the rows for `bench --baseline`")
     parser.add_argument(
         "--tokens", type=numbers, metavar="N,N..", help=f"attention's lengths [default: {','.join(map(str, TOKENS))}]"
     )
     parser.add_argument("--heads", type=int, default=8, help="[default: 8]")
-    parser.add_argument("--head-dim", type=int, default=128, help="[default: 128]")
+    parser.add_argument("--head-dim", type=numbers, default=[128], metavar="D,D..", help="of attention [default: 128]")
     parser.add_argument("--warmup", type=float, default=2.5, metavar="SECONDS", help="before the first row [default: 2.5]")
     args = parser.parse_args()
-    if args.heads < 1 or args.head_dim < 1 or not 0 <= args.warmup <= 3600:
-        fail("--heads and --head-dim must be positive, --warmup from 0 to 3600")
+    if args.heads < 1 or not 0 <= args.warmup <= 3600:
+        fail("--heads must be positive, --warmup from 0 to 3600")
+    for group in args.groups:
+        if group not in GROUPS:
+            fail(f"unknown group {group!r}: there are {', '.join(GROUPS)}")
+    args.groups = args.groups or GROUPS
     return args
 
 
@@ -357,23 +363,30 @@ def main():
     peers.measure("cublas", multiply, shape={"m": size, "n": size, "k": size}, flops=2 * size**3)
     del multiply
     measure_copy(peers)
-    for name, backend in backends.items():
-        for tokens in args.tokens or [n for n in TOKENS if n <= MOST_TOKENS[name]]:
+    attention = [
+        (name, backend, head_dim, tokens)
+        for name, backend in backends.items()
+        for head_dim in args.head_dim
+        for tokens in args.tokens or [n for n in TOKENS if n <= MOST_TOKENS[name]]
+    ]
+    if "attention" in args.groups:
+        for name, backend, head_dim, tokens in attention:
             measured = len(peers.rows)
             try:
                 if backend is None:
                     raise RuntimeError("this PyTorch has no such backend")
-                measure_attention(peers, name, backend, tokens, args.heads, args.head_dim)
+                measure_attention(peers, name, backend, tokens, args.heads, head_dim)
             except RuntimeError as error:
                 # A backend that refuses the shape, or too little memory.
                 peers.skip(name, FORWARD if len(peers.rows) == measured else BOTH, tokens, error)
             torch.cuda.empty_cache()
-    try:
-        for name, shape, moved, flops, run in operators(torch, MODEL):
-            peers.measure(f"torch {name}", run, shape=shape, moved=moved, flops=flops)
-    except (AttributeError, RuntimeError) as error:
-        # An older PyTorch, or too little memory: what was measured is kept.
-        peers.skip("torch", "", MODEL["tokens"], error)
+    if "operators" in args.groups:
+        try:
+            for name, shape, moved, flops, run in operators(torch, MODEL):
+                peers.measure(f"torch {name}", run, shape=shape, moved=moved, flops=flops)
+        except (AttributeError, RuntimeError) as error:
+            # An older PyTorch, or too little memory: what was measured is kept.
+            peers.skip("torch", "", MODEL["tokens"], error)
     if output:
         with output:
             json.dump({"device": device, "rows": peers.rows}, output, indent=2)
