@@ -7,10 +7,9 @@
 //
 // Keys and values have two buffers and a barrier closes a phase, which stages the keys of tile j + 2 and the values of
 // tile j. Two workgroups share a multiprocessor of an H100, which is what their 24 KiB are for: while one waits the other
-// works. At head_dim 64 this is 1.25 times as fast as flash_forward_coop, whose phases take turns at the matrices, the
+// works. At head_dim 64 this is 1.2 times as fast as flash_forward_coop, whose phases take turns at the matrices, the
 // exponentials and workgroup memory. All of a phase that is not rare is one stretch of code, for the driver to mix: with
-// the rescaling a phase later, behind the barrier, a branch more, it is 8 % slower, and 15 % with a branch before the
-// staging.
+// the rescaling behind the barrier, a branch more, it is 8 % slower, and 15 % with a branch before the staging.
 //
 // The lazy rescaling, and infinity and NaN in what the mask excludes, are as in flash_forward_coop.
 
