@@ -380,7 +380,8 @@ fn main(
         let column = values_at + $cu * MATRIX_VECTORS + i % MATRIX_VECTORS;
         if (first_query + row < params.tokens && column < VECTORS) {
             let sum = scores[row * SCORE_STRIDE + half * MATRIX_VECTORS + i % MATRIX_VECTORS];
-            o[(base + (first_query + row) * params.token_stride) * VECTORS + column] = pack_elem(sum * scores[row * SCORE_STRIDE + ROW_END].x);
+            let factor = scores[row * SCORE_STRIDE + ROW_END].x;
+            o[(base + (first_query + row) * params.token_stride) * VECTORS + column] = pack_elem(sum * factor);
         }
     }
     #end

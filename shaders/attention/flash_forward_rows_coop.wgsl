@@ -228,7 +228,8 @@ fn main(
             if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
                 #for h in 0..LOAD_VECTORS
                 tiles[buffer + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
-                tiles[buffer + VECTORS + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] = vector_of_load(next_value$s, $hu);
+                tiles[buffer + VECTORS + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] =
+                    vector_of_load(next_value$s, $hu);
                 #end
             }
             key_at$s = min(key_at$s + BLOCK_N * row_loads, last_load);
