@@ -564,6 +564,25 @@ mod tests {
     }
 
     #[test]
+    fn rows_are_for_many_workgroups_of_a_small_head_dim() {
+        let caps = caps();
+        let of = |caps: &Caps, tokens, head_dim, element| {
+            forward_of_rows(caps, &FlashShape { head_dim, ..shape(tokens, 8, element) })
+        };
+        for head_dim in (16..=ROWS_HEAD_DIM).step_by(16) {
+            // Two of them on a multiprocessor.
+            let tile = of(&caps, 6_144, head_dim, Element::F16);
+            assert!(tile.is_some_and(|tile| tile.workgroup_bytes <= 24_576), "{head_dim}");
+        }
+        assert_eq!(of(&caps, 4_096, 64, Element::F16), None);
+        assert_eq!(of(&caps, 18_432, 96, Element::F16), None);
+        assert_eq!(of(&caps, 18_432, 64, Element::F32), None);
+        // More lanes to a row of a matrix than it has vectors.
+        let matrices = vec![MatrixKind { size: 8, factors: Element::F16 }];
+        assert_eq!(of(&Caps { matrices, tier: Tier::Coop8, ..caps }, 18_432, 64, Element::F16), None);
+    }
+
+    #[test]
     fn scratch_is_taken_where_it_fits() {
         let caps = caps();
         assert_eq!(at_once(&caps, 4_096, 8, Element::F16), Some((8, 1)));
