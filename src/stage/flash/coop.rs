@@ -13,10 +13,9 @@ use crate::tensor::Element;
 /// Subgroups of a workgroup. On an H100 one workgroup of eight is resident on a multiprocessor, and its registers hold
 /// the kept rows and the results.
 const SUBGROUPS: usize = 8;
-/// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of the forward of rows four,
-/// 3 to 16 % over two; of dk and dv a whole block
-/// (the tiles of queries are numbered within blocks), 3 % over two (measured on an H100). Software drivers, which have
-/// matrices of 8x8, compile too long already with two.
+/// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of the forward of rows four, up
+/// to 16 % over two; of dk and dv a whole block (the tiles of queries are numbered within blocks), 3 % over two (measured
+/// on an H100). Software drivers, which have matrices of 8x8, compile too long already with two.
 const fn unroll(size: usize, tiles: usize) -> usize {
     if size == 16 { tiles } else { 1 }
 }
@@ -172,7 +171,7 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
     )
 }
 
-/// The forward whose subgroups branch by themselves.
+/// The forward of rows: its subgroups branch by themselves.
 pub(super) const FORWARD_OF_ROWS: &str = "attention/flash_forward_rows_coop";
 
 /// The tile of `flash_forward_rows_coop`, for shapes that it is faster for than `flash_forward_coop`.
