@@ -5,6 +5,7 @@
 mod coop;
 mod plan;
 mod reference;
+mod scratch;
 
 use std::ops::Range;
 
@@ -51,7 +52,7 @@ params!(ChunkParams {
 impl TileParams {
     /// The same for the kernels with d_scores in scratch memory, whose units may be of some heads and, by blocks, of some
     /// queries only.
-    fn of_chunk(self, first_batch: usize, heads: &Range<usize>, chunk: &coop::Chunk) -> ChunkParams {
+    fn of_chunk(self, first_batch: usize, heads: &Range<usize>, chunk: &scratch::Chunk) -> ChunkParams {
         ChunkParams {
             tokens: self.tokens,
             heads: self.heads,
@@ -253,7 +254,7 @@ impl FlashShape {
         if tile.matrix.is_none() {
             return command.dispatch_parts(caps, self.batch, kernel, parts);
         }
-        let chunk = coop::Chunk { blocks: 0..blocks, dq_parts: 1 };
+        let chunk = scratch::Chunk { blocks: 0..blocks, dq_parts: 1 };
         command.dispatch_parts(caps, self.batch, kernel, |batch| {
             let of_chunk = |params: TileParams| params.of_chunk(0, &(0..self.kv_heads), &chunk);
             Ok(parts(batch)?.into_iter().map(|(params, grid, work)| (of_chunk(params), grid, work)).collect())
@@ -265,14 +266,14 @@ impl FlashShape {
     fn scratch_dispatches(
         &self,
         caps: &Caps,
-        plan: &coop::BackwardWithScratch,
+        plan: &scratch::BackwardWithScratch,
         mut command: Command,
     ) -> Result<Command> {
         let group = self.heads / self.kv_heads;
         let [dkdv, dq, dq_sum] = [&plan.dkdv, &plan.dq, &plan.dq_sum].map(|tile| self.kernel(caps, tile));
         let add = |mut command: Command,
                    kernel: &Kernel,
-                   (batch, heads, chunk): (usize, &Range<usize>, &coop::Chunk),
+                   (batch, heads, chunk): (usize, &Range<usize>, &scratch::Chunk),
                    blocks: usize,
                    work: &dyn Fn(usize) -> u64| {
             for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads.len()), work)? {
@@ -406,7 +407,7 @@ pub fn record_backward(
             .reads("lse", forward.lse)
             .reads("delta", delta)
     };
-    if let Some(plan) = coop::backward_with_scratch(&caps, shape) {
+    if let Some(plan) = scratch::backward_with_scratch(&caps, shape) {
         let ds = recording.scratch("ds", Element::F16, &[plan.ds_len])?;
         let carried = recording.scratch("carried", Element::F32, &[plan.carried_len])?;
         let partial = recording.scratch("partial", Element::F32, &[plan.partial_len])?;
@@ -495,7 +496,7 @@ mod tests {
                 let shape = FlashShape { batch: 1, tokens: 1, heads: 1, kv_heads: 1, head_dim, element, layout };
                 let plan = plan(caps, head_dim, element)?;
                 let products = [2, 4].map(|row_parts| coop::dq_from_ds(caps, head_dim, element, row_parts));
-                let with_scratch = coop::backward_with_scratch(caps, &shape)
+                let with_scratch = scratch::backward_with_scratch(caps, &shape)
                     .map(|plan| [plan.dkdv, plan.dq_sum].into_iter().chain(products.into_iter().flatten()));
                 for tile in [plan.forward, plan.dkdv, plan.dq].into_iter().chain(with_scratch.into_iter().flatten()) {
                     let case = format!("{}, {}, head_dim {head_dim}, {element}", tile.shader, caps.tier);

@@ -1,0 +1,273 @@
+//! The backward with five products: what of it is done at a time, so that its d_scores fit the memory for them, and how
+//! long that takes. Its kernels' tiles are in `coop`.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::ops::Range;
+
+use super::FlashShape;
+use super::coop::{Matrices, dkdv, dq_from_ds, dq_sum};
+use super::plan::Tile;
+use crate::gpu::Caps;
+use crate::tensor::Element;
+
+/// Workgroups of `flash_backward_dq_from_ds_coop` that keep a large GPU busy to the end: with fewer, several share a
+/// block of queries, each with at least this many blocks of keys. Where even so there are fewer, they are made of
+/// more subgroups.
+const DQ_WORKGROUPS: usize = 512;
+const LEAST_PART: usize = 16;
+/// Storage buffers of `flash_backward_dkdv_coop` with d_scores.
+const SCRATCH_BINDINGS: u32 = 10;
+
+// What the time of a backward is predicted from, as measured on an H100. The unit is the work of one of its
+// multiprocessors on a pair of a block of queries and one of keys for dk and dv: 7.1 us.
+
+/// Workgroups of `flash_backward_dkdv_coop` at a time.
+const PROCESSORS: usize = 132;
+/// Beginning and end of one.
+const START: f64 = 3.0;
+/// Reading or writing its dk and dv between chunks.
+const CARRY: f64 = 0.25;
+/// A pair in `flash_backward_dq_from_ds_coop`, and a workgroup of several that share a block.
+const DQ: f64 = 0.3;
+const DQ_PART: f64 = 4.0;
+/// A pair in `flash_backward_dq_coop`.
+const DQ_RECOMPUTED: f64 = 0.9;
+/// The dispatches of a chunk, one after the other.
+const LAUNCH: f64 = 2.0;
+
+/// Queries that the backward with scratch memory takes at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    /// In blocks of `dkdv.block_n`.
+    pub blocks: Range<usize>,
+    /// Workgroups that share a block of queries of dq.
+    pub dq_parts: usize,
+}
+
+impl Chunk {
+    pub fn queries(&self, block: usize, tokens: usize) -> Range<usize> {
+        self.blocks.start * block..(self.blocks.end * block).min(tokens)
+    }
+
+    /// Pairs of a block of its queries and a block of keys that they see.
+    fn pairs(&self) -> usize {
+        pairs_before(self.blocks.end) - pairs_before(self.blocks.start)
+    }
+}
+
+/// Pairs of the first blocks of queries and the keys that they see.
+fn pairs_before(blocks: usize) -> usize {
+    blocks * (blocks + 1) / 2
+}
+
+/// Cuts blocks of queries into this many chunks, or fewer, of about as many pairs each.
+fn chunks(blocks: usize, count: usize, heads: usize) -> Vec<Chunk> {
+    let mut chunks = Vec::new();
+    let mut start = 0;
+    for end in 1..=blocks {
+        if pairs_before(end) * count >= pairs_before(blocks) * (chunks.len() + 1) {
+            let mut chunk = Chunk { blocks: start..end, dq_parts: 1 };
+            let workgroups = heads * (end - start);
+            let most = chunk.pairs() / ((end - start) * LEAST_PART);
+            chunk.dq_parts = DQ_WORKGROUPS.div_ceil(workgroups).min(most).max(1);
+            chunks.push(chunk);
+            start = end;
+        }
+    }
+    chunks
+}
+
+/// The backward with five products: d_scores go through memory, for some heads and some queries at a time.
+#[derive(Clone, Debug)]
+pub(super) struct BackwardWithScratch {
+    /// Writes d_scores.
+    pub dkdv: Tile,
+    /// Reads them.
+    pub dq: Tile,
+    /// Adds what workgroups of it that share a block of queries give.
+    pub dq_sum: Tile,
+    /// Kv heads at a time.
+    pub kv_heads: usize,
+    /// Queries of those at a time.
+    pub chunks: Vec<Chunk>,
+    /// f16 of d_scores.
+    pub ds_len: usize,
+    /// f32 of dk and dv between one chunk and the next.
+    pub carried_len: usize,
+    /// f32 of the parts of dq.
+    pub partial_len: usize,
+}
+
+impl BackwardWithScratch {
+    /// Whether its memory is within `Caps::scratch_bytes` and what a binding can hold.
+    fn fits(&self, caps: &Caps) -> bool {
+        let most = caps.limits.max_storage_buffer_binding_size.min(caps.limits.max_buffer_size);
+        self.bytes() <= caps.scratch_bytes && 2 * self.ds_len as u64 <= most && 4 * self.carried_len as u64 <= most
+    }
+
+    /// Bytes of its memory.
+    fn bytes(&self) -> u64 {
+        2 * self.ds_len as u64 + 4 * (self.carried_len + self.partial_len) as u64
+    }
+
+    /// Predicted time of all its dispatches. It is for large GPUs; on small ones plans differ by less.
+    fn time(&self, shape: &FlashShape) -> f64 {
+        let group = shape.heads / shape.kv_heads;
+        let processors = PROCESSORS as f64;
+        let of_chunk = |chunk: &Chunk| {
+            let pairs = (self.kv_heads * group * chunk.pairs()) as f64;
+            let parts =
+                if chunk.dq_parts > 1 { self.kv_heads * group * chunk.blocks.len() * chunk.dq_parts } else { 0 };
+            self.dkdv_time(shape, chunk) + (DQ * pairs + DQ_PART * parts as f64) / processors + LAUNCH
+        };
+        shape.kv_heads.div_ceil(self.kv_heads) as f64 * self.chunks.iter().map(of_chunk).sum::<f64>()
+    }
+
+    /// The part of `dkdv` in that: each multiprocessor takes the next workgroup when it has done one.
+    fn dkdv_time(&self, shape: &FlashShape, chunk: &Chunk) -> f64 {
+        let group = shape.heads / shape.kv_heads;
+        let Range { start, end } = chunk.blocks;
+        let last = shape.tokens <= end * self.dkdv.block_n;
+        let cost = |queries: usize, carried: f64| (group * queries) as f64 + START + CARRY * carried;
+        let carried = if last { 0.0 } else { 1.0 };
+        // Workgroups for keys before the chunk have equal work.
+        let (equal, of_equal) = (self.kv_heads * start, cost(end - start, carried + 1.0));
+        let busy = |i: usize| (equal / PROCESSORS + usize::from(i < equal % PROCESSORS)) as f64 * of_equal;
+        let mut free: BinaryHeap<Reverse<u64>> = (0..PROCESSORS).map(|i| Reverse(ticks(busy(i)))).collect();
+        let mut time = ticks(busy(0));
+        for queries in (1..=end - start).rev() {
+            for _ in 0..self.kv_heads {
+                if let Some(mut first) = free.peek_mut() {
+                    first.0 += ticks(cost(queries, carried));
+                    time = time.max(first.0);
+                }
+            }
+        }
+        time as f64 / TICKS
+    }
+}
+
+/// Times as whole numbers, which have an order.
+const TICKS: f64 = 64.0;
+
+fn ticks(time: f64) -> u64 {
+    (time * TICKS) as u64
+}
+
+/// Plans it for as many heads and as many queries at a time as is fastest within `Caps::scratch_bytes` and a binding.
+/// Where nothing fits, or only what is slower, the backward computes scores twice, with seven products.
+pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<BackwardWithScratch> {
+    let FlashShape { batch, tokens, heads, kv_heads, head_dim, element, .. } = *shape;
+    let dkdv = dkdv(caps, head_dim, element, true)?;
+    // The kernel has bindings more than the others; slices of the batch are not for it.
+    let limits = &caps.limits;
+    let largest = batch as u64 * tokens as u64 * heads as u64 * head_dim as u64 * element.bytes();
+    let fits = Matrices::new(caps, head_dim, element)?.lanes_have_16_bytes()
+        && limits.max_storage_buffers_per_shader_stage >= SCRATCH_BINDINGS
+        && largest <= limits.max_storage_buffer_binding_size;
+    if !fits {
+        return None;
+    }
+    let [dq, dq_of_few] = [dq_from_ds(caps, head_dim, element, 2)?, dq_from_ds(caps, head_dim, element, 4)?];
+    let group = heads / kv_heads;
+    let blocks = tokens.div_ceil(dkdv.block_n);
+    let with = |at_once: usize, count: usize| {
+        let chunks = chunks(blocks, count, at_once * group);
+        let of_heads = at_once * group * dkdv.block_n;
+        let largest = chunks.iter().map(Chunk::pairs).max().unwrap_or(0);
+        let workgroups = |chunk: &Chunk| chunk.dq_parts * chunk.blocks.len();
+        let few = chunks.iter().all(|chunk| at_once * group * workgroups(chunk) < DQ_WORKGROUPS);
+        let dq = if few { &dq_of_few } else { &dq };
+        let partial = chunks.iter().filter(|chunk| chunk.dq_parts > 1).map(workgroups).max().unwrap_or(0);
+        let carried = if chunks.len() > 1 { at_once * blocks * (2 * dkdv.block_n * head_dim + 4) } else { 0 };
+        BackwardWithScratch {
+            dkdv: dkdv.clone(),
+            dq: dq.clone(),
+            dq_sum: dq_sum(dq),
+            kv_heads: at_once,
+            ds_len: of_heads * dkdv.block_n * largest,
+            // A binding is not empty.
+            carried_len: carried.max(4),
+            partial_len: (of_heads * head_dim * partial).max(4),
+            chunks,
+        }
+    };
+    // Of each number of heads the fewest chunks; heads in equal numbers as far as they divide.
+    let candidates = (1..=kv_heads).filter(|&at_once| kv_heads.div_ceil(kv_heads.div_ceil(at_once)) == at_once);
+    let fewest = |at_once: usize| {
+        let pairs = (at_once * group * pairs_before(blocks)) as u64;
+        let bytes = Element::F16.bytes() * pairs * (dkdv.block_n * dkdv.block_n) as u64;
+        let least = bytes / caps.scratch_bytes.max(1);
+        (least.max(1)..=blocks as u64).map(|count| with(at_once, count as usize)).find(|plan| plan.fits(caps))
+    };
+    let plans = candidates.filter_map(fewest);
+    let plans: Vec<(f64, BackwardWithScratch)> = plans.map(|plan| (plan.time(shape), plan)).collect();
+    let fastest = plans.iter().map(|(time, _)| *time).min_by(f64::total_cmp)?;
+    let everything = Chunk { blocks: 0..blocks, dq_parts: 1 };
+    let whole = with(kv_heads, 1);
+    let products = (heads * everything.pairs()) as f64 / PROCESSORS as f64;
+    let recomputed = whole.dkdv_time(shape, &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
+    if fastest > recomputed {
+        return None;
+    }
+    // Of plans that are as fast the one with least memory.
+    let plans = plans.into_iter().filter(|(time, _)| *time <= 1.02 * fastest).map(|(_, plan)| plan);
+    plans.min_by_key(BackwardWithScratch::bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::coop::tests::{caps, shape};
+    use super::*;
+
+    /// Kv heads and chunks of queries of the backward with scratch memory.
+    fn at_once(caps: &Caps, tokens: usize, kv_heads: usize, element: Element) -> Option<(usize, usize)> {
+        backward_with_scratch(caps, &shape(tokens, kv_heads, element)).map(|plan| (plan.kv_heads, plan.chunks.len()))
+    }
+
+    #[test]
+    fn chunks_cover_all_queries_in_equal_parts() {
+        for (blocks, count) in [(1, 1), (7, 2), (7, 7), (7, 20), (768, 5), (768, 40)] {
+            let chunks = chunks(blocks, count, 2);
+            assert!(chunks.len() <= count, "{blocks} blocks in {} of {count} chunks", chunks.len());
+            assert_eq!(
+                chunks.iter().flat_map(|chunk| chunk.blocks.clone()).collect::<Vec<_>>(),
+                Vec::from_iter(0..blocks)
+            );
+            let mean = blocks * (blocks + 1) / 2 / count;
+            assert!(chunks.iter().all(|chunk| chunk.pairs() <= mean + blocks + 1), "{chunks:?}");
+        }
+        let chunks = chunks(768, 5, 1);
+        assert!(chunks.windows(2).all(|pair| pair[0].dq_parts < pair[1].dq_parts), "{chunks:?}");
+    }
+
+    #[test]
+    fn plans_keep_within_the_scratch_memory() {
+        for (tokens, kv_heads) in [(300, 8), (4_096, 2), (18_432, 8), (32_768, 4), (98_304, 1), (98_304, 8)] {
+            let shape = shape(tokens, kv_heads, Element::F16);
+            for bytes in [1 << 28, 1 << 29, 1 << 30, 1 << 31] {
+                let Some(plan) = backward_with_scratch(&Caps { scratch_bytes: bytes, ..caps() }, &shape) else {
+                    assert!(bytes < 1 << 30, "{tokens} tokens, {bytes} bytes");
+                    continue;
+                };
+                assert!(2 * plan.ds_len + 4 * (plan.carried_len + plan.partial_len) <= bytes as usize, "{plan:?}");
+                assert_eq!(plan.chunks.last().map(|chunk| chunk.blocks.end), Some(tokens.div_ceil(128)), "{plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn scratch_is_taken_where_it_fits() {
+        let caps = caps();
+        assert_eq!(at_once(&caps, 4_096, 8, Element::F16), Some((8, 1)));
+        assert_eq!(at_once(&caps, 18_432, 8, Element::F16), Some((4, 1)));
+        assert_eq!(at_once(&caps, 32_768, 8, Element::F16), Some((1, 1)));
+        // The workgroup of the first keys has the queries of a whole group.
+        assert_eq!(at_once(&caps, 18_432, 2, Element::F16), Some((2, 2)));
+        assert_eq!(at_once(&caps, 98_304, 8, Element::F16), Some((2, 11)));
+        // No matrices of f32.
+        assert_eq!(at_once(&caps, 4_096, 8, Element::F32), None);
+        assert_eq!(at_once(&Caps { scratch_bytes: 0, ..caps.clone() }, 64, 8, Element::F16), None);
+    }
+}
