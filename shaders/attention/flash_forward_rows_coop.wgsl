@@ -335,6 +335,7 @@ fn main(
     #end
     #end
     if (scores[NON_FINITE].x != 0.0) {
+        // An invocation reads the elements that it wrote.
         for (var token = first_row + lane_row; token < min(first_row + 2u * MATRIX, params.tokens); token += MATRIX) {
             for (var column = lane; column < VECTORS; column += LANES) {
                 let at = (base + token * params.token_stride) * VECTORS + column;
