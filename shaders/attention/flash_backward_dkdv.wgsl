@@ -15,11 +15,10 @@
 @group(0) @binding(1) var<storage, read> k: array<elem4>;        // the same with KV heads
 @group(0) @binding(2) var<storage, read> v: array<elem4>;        // as k
 @group(0) @binding(3) var<storage, read> d_o: array<elem4>;      // as q
-@group(0) @binding(4) var<storage, read> lse: array<f32>;        // [B, H, S]
-@group(0) @binding(5) var<storage, read> delta: array<f32>;      // [B, H, S]
-@group(0) @binding(6) var<storage, read_write> dk: array<elem4>; // as k
-@group(0) @binding(7) var<storage, read_write> dv: array<elem4>; // as k
-@group(0) @binding(8) var<uniform> params: Params;
+@group(0) @binding(4) var<storage, read> lse_delta: array<vec2<f32>>; // [B, H, S], see flash_backward_delta
+@group(0) @binding(5) var<storage, read_write> dk: array<elem4>; // as k
+@group(0) @binding(6) var<storage, read_write> dv: array<elem4>; // as k
+@group(0) @binding(7) var<uniform> params: Params;
 
 const KEPT_ROWS: u32 = BLOCK_N;
 const STREAMED_ROWS: u32 = BLOCK_M;
@@ -82,8 +81,9 @@ fn main(
             #for j in 0..4
             {
                 let at = (batch * params.heads + head) * params.tokens + min(query[$j], params.tokens - 1u);
-                row_lse[$j] = lse[at] * LOG2_E;
-                row_delta[$j] = delta[at];
+                let row = lse_delta[at];
+                row_lse[$j] = row.x * LOG2_E;
+                row_delta[$j] = row.y;
             }
             #end
             let last = vec4<u32>(params.tokens - 1u);

@@ -1,89 +1,22 @@
-// Attention's backward for k and v (spec section 8) on cooperative matrices: the formulas of flash_backward_dkdv.
-//
-// One workgroup per (batch, kv head, block of BLOCK_N keys) of eight subgroups in two groups: group 0 keeps k and
-// group 1 keeps v in registers, each subgroup 2 * MATRIX rows of it. For each query head of the kv head's group they
-// stream over tiles of MATRIX queries from the diagonal on, and multiply twice, in one code with two base addresses:
-//
-//     product 1    group 0: scores = q k^T             group 1: d_weights = d_o v^T
-//     product 2    group 0: dv += weights^T d_o        group 1: dk += d_scores^T q
-//
-// so every staged row serves two products. Tile j passes through two phases with a barrier after each:
+// Attention's backward for k and v (spec section 8) on cooperative matrices: the formulas of flash_backward_dkdv, in the
+// two products of shared/dkdv_coop. Tile j passes through two phases with a barrier after each:
 //
 //     phase 1    product 1 of tile j;  product 2 of tile j - 1, the first half of its columns
 //     phase 2    product 2 of tile j - 1, the second half;  weights and d_scores of tile j;  tile j + 1 staged
 //
-// That is why the first half of the columns is staged in turns of two and the second in turns of three. DS_SCRATCH also
-// writes d_scores for flash_backward_dq_from_ds_coop; then a dispatch may have the queries of some blocks only, and dk
-// and dv go on in f32 from one to the next.
-//
-// What the mask excludes must not reach a gradient even as 0 * NaN: tiles that the mask crosses are staged with zero in
-// place of infinity and NaN. The weights of such a query are NaN by its lse, its d_scores by its delta; what dv lacks
-// of d_o then is added in the last step.
+// That is why the first half of the columns is staged in turns of two and the second in turns of three.
 
-#import shared/chunk_params
-#import shared/grid
-#import shared/lacking
+#import shared/dkdv_coop
 
-@group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
-@group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>;   // the same with KV heads
-@group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>;   // as k
-@group(0) @binding(3) var<storage, read_write> d_o: array<vec4<u32>>; // as q
-@group(0) @binding(4) var<storage, read_write> lse: array<f32>;       // [B, H, S]
-@group(0) @binding(5) var<storage, read_write> delta: array<f32>;     // [B, H, S]
-@group(0) @binding(6) var<storage, read_write> dk: array<elem4>;      // as k
-@group(0) @binding(7) var<storage, read_write> dv: array<elem4>;      // as k
-@group(0) @binding(8) var<uniform> params: Params;
-#for once in 0..DS_SCRATCH
-@group(0) @binding(9) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and pair of blocks, see ds_pair
-@group(0) @binding(10) var<storage, read_write> carried: array<vec4<f32>>; // [head_count, blocks of S, CARRIED]
-#end
-
-const LOG2_E: f32 = 1.4426950408889634;
-const WORKGROUP: u32 = 8u * SUBGROUP;
-const LANES: u32 = SUBGROUP / MATRIX;
-
-// Vectors of four elements. Rows in workgroup memory are two longer than their contents, against bank conflicts.
-const VECTORS: u32 = HEAD_DIM / 4u;
-const MATRIX_VECTORS: u32 = MATRIX / 4u;
 const FIRST_STRIDE: u32 = FIRST_MATRICES * MATRIX_VECTORS + 2u;
 const SECOND_STRIDE: u32 = SECOND_MATRICES * MATRIX_VECTORS + 2u;
-const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
-const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
-
-// A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
-const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
-
-// A subgroup's own part of the staged rows, for half of MATRIX rows of k or v at a time.
-const KEPT_ROWS: u32 = MATRIX * FIRST_STRIDE;
-const KEPT_EVEN: bool = KEPT_LOADS * SUBGROUP == MATRIX * FIRST_LOADS;
 
 // Staged rows of q, then of d_o: first halves in two turns, then second halves in three.
+const FIRST_LOADS: u32 = FIRST_MATRICES * MATRIX_VECTORS / LOAD_VECTORS;
 const FIRST: u32 = MATRIX * FIRST_STRIDE;
 const SECOND: u32 = MATRIX * SECOND_STRIDE;
 const SECOND_START: u32 = 4u * FIRST;
-const STAGED: u32 = max(SECOND_START + 6u * SECOND, 8u * KEPT_ROWS);
-
-// Staging of a tile's rows: STAGE_ROWS at a time, one load for each invocation.
-const LOADS: u32 = VECTORS / LOAD_VECTORS;
-const FIRST_LOADS: u32 = FIRST_MATRICES * MATRIX_VECTORS / LOAD_VECTORS;
-const STAGE_ROWS: u32 = WORKGROUP / LOADS;
-const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
-
-// dv and dk of a block between two dispatches: by subgroup and matrix, and last a vector that is as NON_FINITE.
-const MATRIX_SIZE: u32 = MATRIX * MATRIX_VECTORS;
-const CARRIED: u32 = 16u * DEPTH_MATRICES * MATRIX_SIZE + 1u;
-
-// A subgroup's own part of scores, for two matrices.
-const EXCHANGE: u32 = 2u * SCORE_ROWS / 8u;
-
-var<workgroup> staged: array<elem4, STAGED>;
-// Of group 0 the scores and weights, of group 1 the gradients of both. The pad of the first row tells whether d_o held
-// infinity or NaN: there are no more bytes.
-var<workgroup> scores: array<vec4<f32>, 2u * SCORE_ROWS>;
-var<workgroup> weights: array<elem4, 2u * SCORE_ROWS>;
-const NON_FINITE: u32 = SCORE_STRIDE - 1u;
-
-#import shared/ds_scratch
+const STAGED: u32 = max(SECOND_START + 6u * SECOND, SUBGROUPS * KEPT_ROWS);
 
 @compute @workgroup_size(WORKGROUP)
 fn main(
@@ -91,128 +24,19 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let index = linear_workgroup(workgroup, workgroups);
-    if (index >= params.units) {
-        return;
-    }
-    // Heads are fastest; the block with most queries comes first.
-    let unit = params.first_unit + index;
-    let blocks = params.end_block;
-    let head_index = unit % params.head_count;
-    let kv_head = params.first_head + head_index;
-    let block = unit / params.head_count % blocks;
-    let first_key = block * BLOCK_N;
-    // The first of the queries that see the block.
-    let first_row = max(block, params.first_block) * BLOCK_N;
-    let batch = params.first_batch + unit / (params.head_count * blocks);
-    let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
-    let last_token = params.tokens - 1u;
-    let tiles = (min(params.end_block * BLOCK_N, params.tokens) - first_row + MATRIX - 1u) / MATRIX;
-    let row_loads = params.token_stride * LOADS;
-    let exponent_scale = params.scale * LOG2_E;
-    let group_size = params.heads / params.kv_heads;
+    #import shared/dkdv_coop_keep
 
-    let subgroup = invocation / SUBGROUP;
-    let group = subgroup / 4u;
-    let lane_row = invocation % SUBGROUP / LANES;
-    let lane = invocation % LANES;
-    let exchange_at = subgroup * EXCHANGE;
-    // This subgroup's columns in the products, and this lane's in between.
-    let kept_row = subgroup % 4u * 2u * MATRIX;
-    let product_at = group * SCORE_ROWS + kept_row / 4u;
-    // Lanes that a row of a matrix has no vectors for do the last one's work again.
-    let chunk = subgroup * MATRIX_VECTORS + min(lane, MATRIX_LANES - 1u);
-    let chunk_at = lane_row * SCORE_STRIDE + chunk;
-    let key = first_key + chunk * 4u;
     // Product 1 takes group 0 to q and group 1 to d_o, product 2 the other way.
     let first_1 = group * FIRST;
     let second_1 = group * SECOND;
     let first_2 = (1u - group) * FIRST;
     let second_2 = (1u - group) * SECOND;
 
-    let stage_row = select(MATRIX, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
-    let stage_load = invocation % LOADS;
     let in_first = stage_load < FIRST_LOADS;
     let stage_stride = select(SECOND_STRIDE, FIRST_STRIDE, in_first);
     let stage_at = stage_row * stage_stride + select(stage_load - FIRST_LOADS, stage_load, in_first) * LOAD_VECTORS;
     let stage_d_o = stage_at + select(SECOND, FIRST, in_first);
 
-    // The first tile is on its way while k or v are kept.
-    #for s in 0..STAGES
-    var next_at$s = row_load(batch, kv_head * group_size, first_row + stage_row + $su * STAGE_ROWS) + stage_load;
-    var next_q$s = q[next_at$s];
-    var next_d_o$s = d_o[next_at$s];
-    #end
-
-    // k or v, half of MATRIX rows at a time through this subgroup's part of the staged rows. All loads are on their way
-    // before the first is waited for. Rows past the last token repeat it and are not written.
-    var kept_loads: array<vec4<u32>, 4 * KEPT_LOADS>;
-    #for r in 0..2
-    var kept$r: array<MatrixB, 2 * FIRST_MATRICES>;
-    var sums$r: array<MatrixC, DEPTH_MATRICES>;
-    #for p in 0..2
-    #for n in 0..KEPT_LOADS
-    let kept_at$r_$p_$n =
-        kept_load(kv_base, first_key + kept_row + $ru * MATRIX, $pu, invocation % SUBGROUP + $nu * SUBGROUP);
-    #end
-    #end
-    #end
-    if (group == 0u) {
-        #for r in 0..2
-        #for p in 0..2
-        #for n in 0..KEPT_LOADS
-        kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu] = k[kept_at$r_$p_$n];
-        #end
-        #end
-        #end
-    } else {
-        #for r in 0..2
-        #for p in 0..2
-        #for n in 0..KEPT_LOADS
-        kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu] = v[kept_at$r_$p_$n];
-        #end
-        #end
-        #end
-    }
-    let kept_rows_at = subgroup * KEPT_ROWS;
-    #for r in 0..2
-    #for p in 0..2
-    #for n in 0..KEPT_LOADS
-    {
-        let i = invocation % SUBGROUP + $nu * SUBGROUP;
-        let at = kept_rows_at + i / FIRST_LOADS * FIRST_STRIDE + i % FIRST_LOADS * LOAD_VECTORS;
-        if (KEPT_EVEN || i < MATRIX * FIRST_LOADS) {
-            #for h in 0..LOAD_VECTORS
-            staged[at + $hu] = vector_of_load(kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu], $hu);
-            #end
-        }
-    }
-    #end
-    subgroupBarrier();
-    #for d in 0..FIRST_MATRICES
-    kept$r[$p * FIRST_MATRICES + $d] = coopLoad<MatrixB>(&staged[kept_rows_at + $du * MATRIX_VECTORS], FIRST_STRIDE);
-    #end
-    subgroupBarrier();
-    #end
-    #end
-    workgroupBarrier();
-    var non_finite_before = vec4<f32>(0.0);
-    #for once in 0..DS_SCRATCH
-    let carried_block = head_index * ((params.tokens + BLOCK_N - 1u) / BLOCK_N) + block;
-    let carried_at = carried_block * CARRIED + subgroup * 2u * DEPTH_MATRICES * MATRIX_SIZE;
-    let carried_flag = carried_block * CARRIED + CARRIED - 1u;
-    if (block < params.first_block) {
-        #for r in 0..2
-        #for d in 0..DEPTH_MATRICES
-        sums$r[$d] = coopLoadT<MatrixC>(
-            &carried[carried_at + ($ru * DEPTH_MATRICES + $du) * MATRIX_SIZE],
-            MATRIX_VECTORS,
-        );
-        #end
-        #end
-        non_finite_before = carried[carried_flag];
-    }
-    #end
     // Before the first tile all that product 2 takes is zero.
     for (var i = invocation; i < 2u * FIRST; i += WORKGROUP) {
         staged[2u * FIRST + i] = elem4();
@@ -226,7 +50,7 @@ fn main(
 
     for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
         let base = batch * params.tokens * params.heads + head * params.head_stride;
-        let lse_base = (batch * params.heads + head) * params.tokens;
+        let row_base = (batch * params.heads + head) * params.tokens;
         workgroupBarrier();
         for (var i = invocation; i < 2u * SCORE_ROWS; i += WORKGROUP) {
             weights[i] = elem4();
@@ -237,7 +61,7 @@ fn main(
         // Loads advance by a tile and stay at the last token.
         let last_load = base * LOADS + last_token * row_loads + stage_load;
         #for s in 0..STAGES
-        if (first_row == first_key) {
+        if (first_row < first_key + BLOCK_N) {
             next_q$s = finite_load(next_q$s);
             let d_o$s = finite_load(next_d_o$s);
             if (any(d_o$s != next_d_o$s)) {
@@ -256,18 +80,17 @@ fn main(
         next_q$s = q[next_at$s];
         next_d_o$s = d_o[next_at$s];
         #end
-        let last_row = lse_base + last_token;
-        var row_at = min(lse_base + first_row + lane_row, last_row);
-        var row_lse = lse[row_at];
-        var row_delta = delta[row_at];
+        let last_row = row_base + last_token;
+        var row_at = min(row_base + first_row + lane_row, last_row);
+        var row = lse_delta[row_at];
         workgroupBarrier();
 
         // Padded to whole bodies: queries past the last token are masked.
         for (var first_tile = 0u; first_tile < tiles; first_tile += UNROLL) {
             #for once in 0..DS_SCRATCH
-            let queries = (first_row + first_tile * MATRIX) / BLOCK_N;
-            let ds_at = ds_pair(head - params.first_head * group_size, queries, block)
-                + first_tile % (BLOCK_N / MATRIX) * WORKGROUP + invocation;
+            let queries = (first_row + first_tile * MATRIX) / DS_BLOCK;
+            let ds_at = ds_pair(head - params.first_head * group_size, queries, block / KEY_BLOCKS)
+                + first_tile % (DS_BLOCK / MATRIX) * DS_TILE + block % KEY_BLOCKS * WORKGROUP + invocation;
             #end
             #for u in 0..UNROLL
             {
@@ -277,22 +100,34 @@ fn main(
                 let first_now = turn * 2u * FIRST;
                 let first_before = (1u - turn) * 2u * FIRST;
 
-                // Phase 1.
+                // Phase 1. Behind the stores of scores the driver would leave the loads of columns.
                 #for r in 0..2
                 let weights$r = coopLoad<MatrixA>(&weights[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-                var scores$r = MatrixC();
                 #end
                 #for d in 0..FIRST_MATRICES
                 let rows$d = coopLoadT<MatrixA>(&staged[first_now + first_1 + $du * MATRIX_VECTORS], FIRST_STRIDE);
-                #for r in 0..2
-                scores$r = coopMultiplyAdd(rows$d, kept$r[$d], scores$r);
-                #end
                 #end
                 #for d in 0..SECOND_MATRICES
                 let more_rows$d = coopLoadT<MatrixA>(
                     &staged[second_now + second_1 + $du * MATRIX_VECTORS],
                     SECOND_STRIDE,
                 );
+                #end
+                #for d in 0..FIRST_MATRICES
+                let columns$d = coopLoadT<MatrixB>(
+                    &staged[first_before + first_2 + $du * MATRIX_VECTORS],
+                    FIRST_STRIDE,
+                );
+                #end
+                #for r in 0..2
+                var scores$r = MatrixC();
+                #end
+                #for d in 0..FIRST_MATRICES
+                #for r in 0..2
+                scores$r = coopMultiplyAdd(rows$d, kept$r[$d], scores$r);
+                #end
+                #end
+                #for d in 0..SECOND_MATRICES
                 #for r in 0..2
                 scores$r = coopMultiplyAdd(more_rows$d, kept$r[FIRST_MATRICES + $du], scores$r);
                 #end
@@ -301,10 +136,6 @@ fn main(
                 coopStoreT(scores$r, &scores[product_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
                 #end
                 #for d in 0..FIRST_MATRICES
-                let columns$d = coopLoadT<MatrixB>(
-                    &staged[first_before + first_2 + $du * MATRIX_VECTORS],
-                    FIRST_STRIDE,
-                );
                 #for r in 0..2
                 sums$r[$d] = coopMultiplyAdd(weights$r, columns$d, sums$r[$d]);
                 #end
@@ -327,8 +158,8 @@ fn main(
                 let d_weight$i = scores[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS];
                 #end
                 #for i in 0..MATRIX_CHUNKS
-                var weight$i = exp2(fma(score$i, vec4<f32>(exponent_scale), vec4<f32>(-LOG2_E * row_lse)));
-                var d_score$i = weight$i * (d_weight$i - vec4<f32>(row_delta));
+                var weight$i = exp2(fma(score$i, vec4<f32>(exponent_scale), vec4<f32>(-LOG2_E * row.x)));
+                var d_score$i = weight$i * (d_weight$i - vec4<f32>(row.y));
                 #end
                 if (masked) {
                     let query = first_query + lane_row;
@@ -354,7 +185,7 @@ fn main(
                 weights[chunk_at + $iu * MATRIX_LANES + SCORE_ROWS] = pack_elem(d_score$i);
                 #end
                 #for once in 0..DS_SCRATCH
-                ds[ds_at + $uu * WORKGROUP] = ds_pack(d_score0, d_score1);
+                ds[ds_at + $uu * DS_TILE] = ds_pack(d_score0, d_score1);
                 #end
                 #for s in 0..STAGES
                 if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
@@ -371,8 +202,7 @@ fn main(
                 next_d_o$s = d_o[next_at$s];
                 #end
                 row_at = min(row_at + MATRIX, last_row);
-                row_lse = lse[row_at];
-                row_delta = delta[row_at];
+                row = lse_delta[row_at];
                 let second_free = second_before;
                 second_before = second_now;
                 second_now = second_next;
@@ -411,87 +241,5 @@ fn main(
         #end
     }
 
-    #for once in 0..DS_SCRATCH
-    // Later queries see the block too.
-    if (params.end_block * BLOCK_N < params.tokens) {
-        #for r in 0..2
-        #for d in 0..DEPTH_MATRICES
-        coopStoreT(
-            sums$r[$d],
-            &carried[carried_at + ($ru * DEPTH_MATRICES + $du) * MATRIX_SIZE],
-            MATRIX_VECTORS,
-        );
-        #end
-        #end
-        if (invocation == 0u) {
-            carried[carried_flag] = scores[NON_FINITE];
-        }
-        return;
-    }
-    #end
-    let non_finite = scores[NON_FINITE].x != 0.0;
-    workgroupBarrier();
-    // As in flash_forward_coop, code that runs once is short.
-    let scale = select(params.scale, 1.0, group == 0u);
-    #for d in 0..DEPTH_MATRICES
-    subgroupBarrier();
-    #for r in 0..2
-    coopStoreT(sums$r[$d], &scores[exchange_at + $ru * MATRIX * MATRIX_VECTORS], MATRIX_VECTORS);
-    #end
-    subgroupBarrier();
-    for (var i = invocation % SUBGROUP; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
-        let token = first_key + kept_row + i / MATRIX_VECTORS;
-        if (token < params.tokens) {
-            let gradient = pack_elem(scores[exchange_at + i] * scale);
-            let at = (kv_base + token * params.kv_token_stride) * VECTORS + $du * MATRIX_VECTORS + i % MATRIX_VECTORS;
-            if (group == 0u) {
-                dv[at] = gradient;
-            } else {
-                dk[at] = gradient;
-            }
-        }
-    }
-    #end
-    // What dv lacks.
-    if (non_finite && group == 0u) {
-        let end = min(first_key + BLOCK_N, params.tokens);
-        for (var d = 0u; d < DEPTH_MATRICES; d++) {
-            for (var i = invocation % SUBGROUP; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
-                let token = first_key + kept_row + i / MATRIX_VECTORS;
-                let column = d * MATRIX_VECTORS + i % MATRIX_VECTORS;
-                if (token < params.tokens) {
-                    let at = (kv_base + token * params.kv_token_stride) * VECTORS + column;
-                    let lacking = non_finite_d_o(vec2<u32>(batch, kv_head), token, end, column);
-                    dv[at] = pack_elem(with_lacking(unpack_elem(dv[at]), lacking));
-                }
-            }
-        }
-    }
-}
-
-// Where load `i` of a half of MATRIX rows of k or v lies; where the second is shorter it repeats its last.
-fn kept_load(kv_base: u32, first_token: u32, half: u32, i: u32) -> u32 {
-    let token = min(first_token + min(i / FIRST_LOADS, MATRIX - 1u), params.tokens - 1u);
-    let load = min(half * FIRST_LOADS + i % FIRST_LOADS, LOADS - 1u);
-    return (kv_base + token * params.kv_token_stride) * LOADS + load;
-}
-
-// Where a row of q or d_o begins, in loads; past the last token, that of the last.
-fn row_load(batch: u32, head: u32, token: u32) -> u32 {
-    let base = batch * params.tokens * params.heads + head * params.head_stride;
-    return (base + min(token, params.tokens - 1u) * params.token_stride) * LOADS;
-}
-
-// The sum of all that is infinite or NaN in a column of d_o, over queries `first` to before `end` of a kv head's group.
-fn non_finite_d_o(batch_head: vec2<u32>, first: u32, end: u32, column: u32) -> vec4<f32> {
-    var sum = vec4<f32>(0.0);
-    let group_size = params.heads / params.kv_heads;
-    for (var head = batch_head.y * group_size; head < (batch_head.y + 1u) * group_size; head++) {
-        let base = batch_head.x * params.tokens * params.heads + head * params.head_stride;
-        for (var query = first; query < end; query++) {
-            let load = d_o[(base + query * params.token_stride) * LOADS + column / LOAD_VECTORS];
-            sum += unpack_elem(vector_of_load(load ^ finite_load(load), column % LOAD_VECTORS));
-        }
-    }
-    return sum;
+    #import shared/dkdv_coop_leave
 }

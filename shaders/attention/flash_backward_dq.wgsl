@@ -14,10 +14,9 @@
 @group(0) @binding(1) var<storage, read> k: array<elem4>;        // the same with KV heads
 @group(0) @binding(2) var<storage, read> v: array<elem4>;        // as k
 @group(0) @binding(3) var<storage, read> d_o: array<elem4>;      // as q
-@group(0) @binding(4) var<storage, read> lse: array<f32>;        // [B, H, S]
-@group(0) @binding(5) var<storage, read> delta: array<f32>;      // [B, H, S]
-@group(0) @binding(6) var<storage, read_write> dq: array<elem4>; // as q
-@group(0) @binding(7) var<uniform> params: Params;
+@group(0) @binding(4) var<storage, read> lse_delta: array<vec2<f32>>; // [B, H, S]
+@group(0) @binding(5) var<storage, read_write> dq: array<elem4>; // as q
+@group(0) @binding(6) var<uniform> params: Params;
 
 const KEPT_ROWS: u32 = BLOCK_M;
 const STREAMED_ROWS: u32 = BLOCK_N;
@@ -68,8 +67,9 @@ fn main(
     #for i in 0..4
     {
         let at = (batch * params.heads + head) * params.tokens + min(query + $iu, params.tokens - 1u);
-        row_lse[$i] = lse[at] * LOG2_E;
-        row_delta[$i] = delta[at];
+        let row = lse_delta[at];
+        row_lse[$i] = row.x * LOG2_E;
+        row_delta[$i] = row.y;
     }
     #end
     var sums: Sums;

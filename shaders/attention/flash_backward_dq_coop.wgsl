@@ -24,10 +24,9 @@
 @group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>; // the same with KV heads
 @group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>; // as k
 @group(0) @binding(3) var<storage, read_write> d_o: array<elem4>;   // as q
-@group(0) @binding(4) var<storage, read_write> lse: array<f32>;     // [B, H, S]
-@group(0) @binding(5) var<storage, read_write> delta: array<f32>;   // [B, H, S]
-@group(0) @binding(6) var<storage, read_write> dq: array<elem4>;    // as q
-@group(0) @binding(7) var<uniform> params: Params;
+@group(0) @binding(4) var<storage, read_write> lse_delta: array<vec2<f32>>; // [B, H, S]
+@group(0) @binding(5) var<storage, read_write> dq: array<elem4>;    // as q
+@group(0) @binding(6) var<uniform> params: Params;
 
 const LOG2_E: f32 = 1.4426950408889634;
 const WORKGROUP: u32 = 8u * SUBGROUP;
@@ -134,8 +133,9 @@ fn main(
     var row_delta$i: vec4<f32>;
     for (var e = 0u; e < 4u; e++) {
         let at = (batch * params.heads + head) * params.tokens + min(query + $iu * MATRIX_LANES * 4u + e, last_token);
-        row_lse$i[e] = lse[at] * LOG2_E;
-        row_delta$i[e] = delta[at];
+        let row = lse_delta[at];
+        row_lse$i[e] = row.x * LOG2_E;
+        row_delta$i[e] = row.y;
     }
     #end
 

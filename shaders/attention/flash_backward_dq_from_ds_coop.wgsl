@@ -1,5 +1,5 @@
-// Attention's backward for q (spec section 8), dq = ds k / sqrt(D), from the d_scores that flash_backward_dkdv_coop
-// left in memory.
+// Attention's backward for q (spec section 8), dq = ds k / sqrt(D), from the d_scores that the kernels of
+// shared/dkdv_coop left in memory.
 //
 // A matrix product: one workgroup per (batch, head, block of BLOCK_M queries, part of the keys), with two subgroups for
 // each of ROW_PARTS parts of the rows: QUERY_MATRICES matrices of rows by half of the columns each. 2 * MATRIX keys a step,
@@ -56,13 +56,13 @@ fn main(
     }
     // Heads are fastest; the block with most keys comes first.
     let unit = params.first_unit + index;
-    let first_row = params.first_block * BLOCK_N;
-    let query_blocks = (min(params.end_block * BLOCK_N, params.tokens) - first_row + BLOCK_M - 1u) / BLOCK_M;
+    let first_row = params.first_block * DS_BLOCK;
+    let query_blocks = (min(params.end_block * DS_BLOCK, params.tokens) - first_row + BLOCK_M - 1u) / BLOCK_M;
     let head_index = unit % params.head_count;
     let head = params.first_head + head_index;
     let part = unit / params.head_count % params.parts;
     let rank = unit / (params.head_count * params.parts);
-    let block = params.first_block * BLOCK_N / BLOCK_M + query_blocks - 1u - rank;
+    let block = params.first_block * DS_BLOCK / BLOCK_M + query_blocks - 1u - rank;
     let first_query = block * BLOCK_M;
     // The steps of the block's part of the keys; each block of keys makes four, a multiple of AHEAD.
     let first_step = part_start(block, part) * (BLOCK_M / STEP);
@@ -276,8 +276,8 @@ fn load_keys(at: u32) -> MatrixB {
 
 // Where a step's d_scores begin, at the block's first tile of queries.
 fn ds_step(head: u32, step: u32, first_query: u32) -> u32 {
-    let pair = ds_pair(head, first_query / BLOCK_N, step * STEP / BLOCK_N);
-    return pair + first_query % BLOCK_N / MATRIX * DS_TILE + step * STEP % BLOCK_N / MATRIX * SUBGROUP;
+    let pair = ds_pair(head, first_query / DS_BLOCK, step * STEP / DS_BLOCK);
+    return pair + first_query % DS_BLOCK / MATRIX * DS_TILE + step * STEP % DS_BLOCK / MATRIX * SUBGROUP;
 }
 
 // The sum of all that is infinite or NaN in a column of keys `first` to `last`.

@@ -32,8 +32,8 @@ fn main(
     let base = params.first_batch * params.tokens * params.heads + head * params.head_stride;
     for (var i = invocation; i < ROWS * VECTORS; i += WORKGROUP) {
         let row = first_row + i / VECTORS;
-        let query = params.first_block * BLOCK_N + row;
-        if (query < min(params.end_block * BLOCK_N, params.tokens)) {
+        let query = params.first_block * DS_BLOCK + row;
+        if (query < min(params.end_block * DS_BLOCK, params.tokens)) {
             var sum = vec4<f32>(0.0);
             for (var part = 0u; part < params.parts; part++) {
                 let block = query / BLOCK_M;

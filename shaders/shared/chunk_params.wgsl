@@ -15,7 +15,7 @@ struct Params {
     first_batch: u32,
     first_head: u32, // of the units; kv heads for dk and dv
     head_count: u32,
-    first_block: u32, // of the queries, in blocks of BLOCK_N
+    first_block: u32, // of the queries, in blocks of DS_BLOCK
     end_block: u32,
     parts: u32, // for dq: workgroups that share a block of queries
 }

@@ -8,6 +8,6 @@ fn part_start(block: u32, part: u32) -> u32 {
 
 // Where a row of the queries begins in `partial`, in vectors of four.
 fn partial_row(part: u32, head_index: u32, row: u32) -> u32 {
-    let rows = (params.end_block - params.first_block) * BLOCK_N;
+    let rows = (params.end_block - params.first_block) * DS_BLOCK;
     return ((part * params.head_count + head_index) * rows + row) * VECTORS;
 }

@@ -19,6 +19,7 @@ macro_rules! shaders {
 shaders! {
     "attention/flash_backward_delta",
     "attention/flash_backward_dkdv",
+    "attention/flash_backward_dkdv_columns_coop",
     "attention/flash_backward_dkdv_coop",
     "attention/flash_backward_dq",
     "attention/flash_backward_dq_coop",
@@ -58,6 +59,9 @@ shaders! {
     "shared/branch_workgroup",
     "shared/chunk_params",
     "shared/cross_entropy",
+    "shared/dkdv_coop",
+    "shared/dkdv_coop_keep",
+    "shared/dkdv_coop_leave",
     "shared/dq_parts",
     "shared/ds_scratch",
     "shared/exponent",

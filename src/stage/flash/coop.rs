@@ -10,8 +10,10 @@ use crate::tensor::Element;
 /// the kept rows and the results.
 const SUBGROUPS: usize = 8;
 /// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of the forward of rows four, up
-/// to 16 % over two; of dk and dv a whole block (the tiles of queries are numbered within blocks), 3 % over two (measured
-/// on an H100). Software drivers, which have matrices of 8x8, compile too long already with two.
+/// to 16 % over two; of dk and dv four where a workgroup has half of `SUBGROUPS`, 2 to 4 % over two, else two, 2 % over four,
+/// and above `COLUMNS_HEAD_DIM` eight, 3 % over two (measured on an H100). The tiles of queries are numbered within blocks
+/// of d_scores, which have a multiple of these. Software drivers, which have matrices of 8x8, compile too long already
+/// with two.
 const fn unroll(size: usize, tiles: usize) -> usize {
     if size == 16 { tiles } else { 1 }
 }
@@ -24,8 +26,18 @@ const ROWS_SUBGROUPS: usize = 4;
 /// 0.221 in place of 0.230, 512 0.174 in place of 0.203).
 const ROWS_HEAD_DIM: usize = 80;
 const ROWS_WORKGROUPS: usize = 384;
+/// Where `flash_backward_dkdv_columns_coop` is faster than `flash_backward_dkdv_coop` on an H100: up to this head_dim its
+/// registers hold what it keeps.
+const COLUMNS_HEAD_DIM: usize = 96;
+/// Workgroup memory with which two workgroups of half of `SUBGROUPS` share a multiprocessor of an H100.
+const SHARED_BYTES: usize = 24 << 10;
 /// Queries of a workgroup of `flash_backward_dq_sum`.
 pub(super) const SUM_ROWS: usize = 32;
+
+/// Tokens of a block of queries or keys of d_scores, with matrices of a size.
+pub(super) const fn ds_block(size: usize) -> usize {
+    SUBGROUPS * size
+}
 
 /// What the kernels with matrices share, by device and shape.
 pub(super) struct Matrices {
@@ -182,37 +194,62 @@ pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
     )
 }
 
-/// The tile of `flash_backward_dkdv_coop`, which also writes d_scores if `scratch`.
+/// The tile of `flash_backward_dkdv_coop` or `flash_backward_dkdv_columns_coop`, which also writes d_scores if `scratch`.
 pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, scratch: bool) -> Option<Tile> {
     let matrices = Matrices::new(caps, head_dim, element)?;
-    let Matrices { size, vectors, depth, .. } = matrices;
-    let (block_m, block_n) = (size, SUBGROUPS * size);
+    if head_dim > COLUMNS_HEAD_DIM {
+        return fitting(caps, dkdv_tile(&matrices, SUBGROUPS, false, scratch));
+    }
+    let shared = dkdv_tile(&matrices, SUBGROUPS / 2, true, scratch);
+    if shared.workgroup_bytes <= SHARED_BYTES && matrices.row_loads <= shared.invocations {
+        return fitting(caps, shared);
+    }
+    fitting(caps, dkdv_tile(&matrices, SUBGROUPS, true, scratch))
+}
+
+fn dkdv_tile(matrices: &Matrices, subgroups: usize, columns: bool, scratch: bool) -> Tile {
+    let Matrices { size, vectors, subgroup, row_vectors, row_loads, depth, .. } = *matrices;
+    let (block_m, block_n, invocations) = (size, subgroups * size, subgroups * subgroup);
     let (first, second) = (depth.div_ceil(2), depth / 2);
-    fitting(
-        caps,
-        Tile {
-            shader: "attention/flash_backward_dkdv_coop",
-            block_m,
-            block_n,
-            matrix: Some(size),
-            constants: vec![
-                ("SUBGROUP", matrices.subgroup),
-                ("DEPTH_MATRICES", depth),
-                ("FIRST_MATRICES", first),
-                ("SECOND_MATRICES", second),
-                ("MATRIX_CHUNKS", matrices.chunks()),
-                ("STAGES", matrices.stages(block_m)),
-                ("KEPT_LOADS", matrices.kept_loads(first)),
-                ("UNROLL", unroll(size, block_n / block_m)),
-                ("DS_SCRATCH", usize::from(scratch)),
-            ],
-            invocations: matrices.invocations,
-            workgroup_bytes: (matrices.stored(4 * size, first * vectors) + matrices.stored(6 * size, second * vectors))
-                .max(matrices.stored(SUBGROUPS * size, first * vectors))
-                + Matrices::single(2 * size, block_n / 4)
-                + matrices.stored(2 * size, block_n / 4),
-        },
-    )
+    let (shader, staged) = if columns {
+        ("attention/flash_backward_dkdv_columns_coop", matrices.stored(4 * size, row_vectors))
+    } else {
+        let halves = matrices.stored(4 * size, first * vectors) + matrices.stored(6 * size, second * vectors);
+        ("attention/flash_backward_dkdv_coop", halves)
+    };
+    let mut constants = vec![
+        ("SUBGROUP", subgroup),
+        ("DEPTH_MATRICES", depth),
+        ("MATRIX_CHUNKS", matrices.chunks()),
+        ("STAGES", block_m.div_ceil((invocations / row_loads).max(1))),
+        ("KEPT_MATRICES", first),
+        ("KEPT_LOADS", matrices.kept_loads(first)),
+        ("DS_SCRATCH", usize::from(scratch)),
+        ("DS_BLOCK", ds_block(size)),
+    ];
+    if columns {
+        // Two tiles ahead: 2 to 4 % over one at head_dim 64, where registers are left.
+        let (tiles, ahead) = if subgroups < SUBGROUPS { (4, 2) } else { (2, 1) };
+        let tiles = unroll(size, tiles);
+        constants.extend([("UNROLL", tiles), ("AHEAD", ahead.min(tiles))]);
+    } else {
+        constants.extend([
+            ("FIRST_MATRICES", first),
+            ("SECOND_MATRICES", second),
+            ("UNROLL", unroll(size, block_n / block_m)),
+        ]);
+    }
+    Tile {
+        shader,
+        block_m,
+        block_n,
+        matrix: Some(size),
+        constants,
+        invocations,
+        workgroup_bytes: staged.max(matrices.stored(subgroups * size, first * vectors))
+            + Matrices::single(2 * size, block_n / 4)
+            + matrices.stored(2 * size, block_n / 4),
+    }
 }
 
 /// The tile of `flash_backward_dq_coop`.
@@ -260,8 +297,7 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
         Tile {
             shader: "attention/flash_backward_dq_from_ds_coop",
             block_m,
-            // Of the kernel that writes d_scores.
-            block_n: SUBGROUPS * size,
+            block_n: ds_block(size),
             matrix: Some(size),
             constants: vec![
                 ("SUBGROUP", subgroup),
@@ -272,6 +308,7 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
                 // The more subgroups share the results, the more loads the registers hold. A block of keys is four steps.
                 ("AHEAD", row_parts),
                 ("EARLY", columns.div_ceil(2)),
+                ("DS_BLOCK", ds_block(size)),
             ],
             invocations,
             workgroup_bytes: matrices.stored(block_m, step / 4)
@@ -287,7 +324,7 @@ pub(super) fn dq_sum(dq: &Tile) -> Tile {
     Tile {
         shader: "attention/flash_backward_dq_sum",
         matrix: None,
-        constants: vec![("ROWS", SUM_ROWS)],
+        constants: vec![("ROWS", SUM_ROWS), ("DS_BLOCK", dq.block_n)],
         invocations: 256,
         workgroup_bytes: 0,
         ..dq.clone()
@@ -327,7 +364,7 @@ pub(super) mod tests {
         for head_dim in (16..=ROWS_HEAD_DIM).step_by(16) {
             // Two of them on a multiprocessor.
             let tile = of(&caps, 6_144, head_dim, Element::F16);
-            assert!(tile.is_some_and(|tile| tile.workgroup_bytes <= 24_576), "{head_dim}");
+            assert!(tile.is_some_and(|tile| tile.workgroup_bytes <= SHARED_BYTES), "{head_dim}");
         }
         assert_eq!(of(&caps, 4_096, 64, Element::F16), None);
         assert_eq!(of(&caps, 18_432, 96, Element::F16), None);
@@ -335,6 +372,23 @@ pub(super) mod tests {
         // More lanes to a row of a matrix than it has vectors.
         let matrices = vec![MatrixKind { size: 8, factors: Element::F16 }];
         assert_eq!(of(&Caps { matrices, tier: Tier::Coop8, ..caps }, 18_432, 64, Element::F16), None);
+    }
+
+    #[test]
+    fn dkdv_shares_a_multiprocessor_where_it_can() {
+        let caps = caps();
+        for scratch in [false, true] {
+            let of = |head_dim| dkdv(&caps, head_dim, Element::F16, scratch);
+            for head_dim in (16..=64).step_by(16) {
+                let shared = |tile: Tile| tile.invocations == 128 && tile.workgroup_bytes <= SHARED_BYTES;
+                assert!(of(head_dim).is_some_and(shared), "{head_dim}");
+            }
+            for head_dim in (80..=MAX_HEAD_DIM).step_by(16) {
+                assert!(of(head_dim).is_some_and(|tile| tile.invocations == 256), "{head_dim}");
+            }
+            let [below, above] = [COLUMNS_HEAD_DIM, COLUMNS_HEAD_DIM + 16].map(|d| of(d).map(|tile| tile.shader));
+            assert_ne!(below, above);
+        }
     }
 
     #[test]

@@ -248,16 +248,18 @@ impl FlashShape {
     /// The dispatches of the backward for k and v by itself.
     fn dkdv_dispatches(&self, caps: &Caps, tile: &Tile, command: Command) -> Result<Command> {
         let kernel = self.kernel(caps, tile);
-        let blocks = self.tokens.div_ceil(tile.block_n);
         let work = |block| self.dkdv_work(tile, block, 0..self.tokens);
-        let parts = |batch| self.parts(caps, self.scale(), (batch, blocks, self.kv_heads), work);
-        if tile.matrix.is_none() {
-            return command.dispatch_parts(caps, self.batch, kernel, parts);
-        }
-        let chunk = scratch::Chunk { blocks: 0..blocks, dq_parts: 1 };
+        let parts = |batch, blocks| self.parts(caps, self.scale(), (batch, blocks, self.kv_heads), work);
+        let Some(size) = tile.matrix else {
+            return command
+                .dispatch_parts(caps, self.batch, kernel, |batch| parts(batch, self.tokens.div_ceil(tile.block_n)));
+        };
+        let ds_block = coop::ds_block(size);
+        let chunk = scratch::Chunk { blocks: 0..self.tokens.div_ceil(ds_block), dq_parts: 1 };
         command.dispatch_parts(caps, self.batch, kernel, |batch| {
             let of_chunk = |params: TileParams| params.of_chunk(0, &(0..self.kv_heads), &chunk);
-            Ok(parts(batch)?.into_iter().map(|(params, grid, work)| (of_chunk(params), grid, work)).collect())
+            let parts = parts(batch, chunk.blocks.end * (ds_block / tile.block_n))?;
+            Ok(parts.into_iter().map(|(params, grid, work)| (of_chunk(params), grid, work)).collect())
         })
     }
 
@@ -286,9 +288,10 @@ impl FlashShape {
                 let kv_heads = first..(first + plan.kv_heads).min(self.kv_heads);
                 let heads = kv_heads.start * group..kv_heads.end * group;
                 for chunk in &plan.chunks {
-                    let queries = chunk.queries(plan.dkdv.block_n, self.tokens);
+                    let queries = chunk.queries(plan.dq.block_n, self.tokens);
                     let work = |block| self.dkdv_work(&plan.dkdv, block, queries.clone());
-                    command = add(command, &dkdv, (batch, &kv_heads, chunk), chunk.blocks.end, &work)?;
+                    let blocks = chunk.blocks.end * (plan.dq.block_n / plan.dkdv.block_n);
+                    command = add(command, &dkdv, (batch, &kv_heads, chunk), blocks, &work)?;
 
                     let (parts, end) = (chunk.dq_parts, queries.end.div_ceil(plan.dq.block_m));
                     let work = |unit| self.product_work(&plan.dq, end - 1 - unit / parts).div_ceil(parts as u64);
@@ -395,17 +398,11 @@ pub fn record_backward(
         recording.require(parameter, tensor, shape.element, &shape.kv())?;
     }
     recording.require("lse", forward.lse, Element::F32, &shape.lse())?;
-    let delta = record_delta(recording, shape, forward.o, d_o)?;
+    let lse_delta = record_delta(recording, shape, forward, d_o)?;
 
     let caps = recording.caps().clone();
     let reads = |command: Command| {
-        command
-            .reads("q", q)
-            .reads("k", k)
-            .reads("v", v)
-            .reads("d_o", d_o)
-            .reads("lse", forward.lse)
-            .reads("delta", delta)
+        command.reads("q", q).reads("k", k).reads("v", v).reads("d_o", d_o).reads("lse_delta", lse_delta)
     };
     if let Some(plan) = scratch::backward_with_scratch(&caps, shape) {
         let ds = recording.scratch("ds", Element::F16, &[plan.ds_len])?;
@@ -437,18 +434,20 @@ pub fn record_backward(
     Ok(gradients)
 }
 
-/// Records delta = rowsum(o * d_o), `[B, H, S]` f32.
-fn record_delta(recording: &mut Recording, shape: &FlashShape, o: Tensor, d_o: Tensor) -> Result<Tensor> {
-    let delta = recording.scratch("delta", Element::F32, &shape.lse())?;
+/// Records delta = rowsum(o * d_o) beside the log-sum-exp, `[B, H, S, 2]` f32.
+fn record_delta(recording: &mut Recording, shape: &FlashShape, forward: &FlashForward, d_o: Tensor) -> Result<Tensor> {
+    let [batch, heads, tokens] = shape.lse();
+    let lse_delta = recording.scratch("lse_delta", Element::F32, &[batch, heads, tokens, 2])?;
     let caps = recording.caps().clone();
     let kernel = Kernel::new(&caps, "attention/flash_backward_delta")
         .wide(shape.element)
         .constant("HEAD_DIM", shape.head_dim)
         .constant("LANES", DELTA_LANES);
     let command = Command::new("flash_backward_delta", reference::DeltaReference(*shape))
-        .reads("o", o)
+        .reads("o", forward.o)
         .reads("d_o", d_o)
-        .writes("delta", delta)
+        .reads("lse", forward.lse)
+        .writes("lse_delta", lse_delta)
         .dispatch_batched(&caps, shape.batch, kernel, |batch| {
             let [token_stride, head_stride] = shape.strides(shape.heads);
             let rows = batch * shape.heads * shape.tokens;
@@ -463,7 +462,7 @@ fn record_delta(recording: &mut Recording, shape: &FlashShape, o: Tensor, d_o: T
             Ok((params, grid(&caps, workgroups)?, 2 * (rows * shape.head_dim) as u64))
         })?;
     recording.push(command)?;
-    Ok(delta)
+    Ok(lse_delta)
 }
 
 #[cfg(test)]

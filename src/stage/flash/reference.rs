@@ -89,57 +89,57 @@ fn forward<T: Real>(shape: &FlashShape, q: &[T], k: &[T], v: &[T], head: (usize,
     (o, lse)
 }
 
-/// delta_i = o_i do_i.
+/// delta_i = o_i do_i, beside lse_i.
 pub(super) struct DeltaReference(pub FlashShape);
 
 impl Reference for DeltaReference {
     fn run<T: Real>(&self, args: &Args<'_, T>) -> Result<()> {
         let shape = self.0;
-        let (o, d_o, mut delta) = (args.read("o")?, args.read("d_o")?, args.write("delta")?);
-        for (head, delta) in shape.all_heads().into_iter().zip(delta.chunks_exact_mut(shape.tokens)) {
-            for (t, delta) in delta.iter_mut().enumerate() {
-                let at = shape.at(shape.heads, head, t);
-                *delta = dot(&o[at..][..shape.head_dim], &d_o[at..][..shape.head_dim]);
-            }
+        let (o, d_o, lse) = (args.read("o")?, args.read("d_o")?, args.read("lse")?);
+        let mut lse_delta = args.write("lse_delta")?;
+        let heads = shape.all_heads().into_iter();
+        let tokens = heads.flat_map(|head| (0..shape.tokens).map(move |t| shape.at(shape.heads, head, t)));
+        for ((at, lse), row) in tokens.zip(&*lse).zip(lse_delta.chunks_exact_mut(2)) {
+            row.copy_from_slice(&[*lse, dot(&o[at..][..shape.head_dim], &d_o[at..][..shape.head_dim])]);
         }
         Ok(())
     }
 }
 
-/// What a head's backward reads, [S, D] and [S].
+/// What a head's backward reads, [S, D].
 struct Head<T> {
     q: Vec<T>,
     k: Vec<T>,
     v: Vec<T>,
     d_o: Vec<T>,
-    lse: Vec<T>,
-    delta: Vec<T>,
+    /// [S, 2].
+    lse_delta: Vec<T>,
 }
 
 impl<T: Real> Head<T> {
-    fn read(shape: &FlashShape, args: &[&[T]; 6], head: (usize, usize)) -> Self {
-        let [q, k, v, d_o, lse, delta] = args;
+    fn read(shape: &FlashShape, args: &[&[T]; 5], head: (usize, usize)) -> Self {
+        let [q, k, v, d_o, lse_delta] = args;
         let kv_head = shape.kv_head(head);
-        let rows = (head.0 * shape.heads + head.1) * shape.tokens..;
+        let rows = (head.0 * shape.heads + head.1) * shape.tokens;
         Self {
             q: shape.head(q, shape.heads, head),
             k: shape.head(k, shape.kv_heads, kv_head),
             v: shape.head(v, shape.kv_heads, kv_head),
             d_o: shape.head(d_o, shape.heads, head),
-            lse: lse[rows.clone()][..shape.tokens].to_vec(),
-            delta: delta[rows][..shape.tokens].to_vec(),
+            lse_delta: lse_delta[2 * rows..][..2 * shape.tokens].to_vec(),
         }
     }
 
     /// p_ij = exp(q_i k_j / sqrt(D) - lse_i) and ds_ij = p_ij (do_i v_j - delta_i).
     fn weights(&self, shape: &FlashShape, i: usize, j: usize) -> (T, T) {
         let d = shape.head_dim;
-        let p = (dot(row(&self.q, d, i), row(&self.k, d, j)) * shape.scale() - self.lse[i]).exp();
-        (p, p * (dot(row(&self.d_o, d, i), row(&self.v, d, j)) - self.delta[i]))
+        let (lse, delta) = (self.lse_delta[2 * i], self.lse_delta[2 * i + 1]);
+        let p = (dot(row(&self.q, d, i), row(&self.k, d, j)) * shape.scale() - lse).exp();
+        (p, p * (dot(row(&self.d_o, d, i), row(&self.v, d, j)) - delta))
     }
 }
 
-const BACKWARD_ARGS: [&str; 6] = ["q", "k", "v", "d_o", "lse", "delta"];
+const BACKWARD_ARGS: [&str; 5] = ["q", "k", "v", "d_o", "lse_delta"];
 
 /// dq_i = sum_j ds_ij k_j / sqrt(D).
 pub(super) struct DqReference(pub FlashShape);
@@ -148,9 +148,9 @@ impl Reference for DqReference {
     fn run<T: Real>(&self, args: &Args<'_, T>) -> Result<()> {
         let shape = self.0;
         let read = BACKWARD_ARGS.map(|name| args.read(name));
-        let [q, k, v, d_o, lse, delta] = read;
-        let (q, k, v, d_o, lse, delta) = (q?, k?, v?, d_o?, lse?, delta?);
-        let args_read: [&[T]; 6] = [&q, &k, &v, &d_o, &lse, &delta];
+        let [q, k, v, d_o, lse_delta] = read;
+        let (q, k, v, d_o, lse_delta) = (q?, k?, v?, d_o?, lse_delta?);
+        let args_read: [&[T]; 5] = [&q, &k, &v, &d_o, &lse_delta];
         let heads = shape.all_heads();
         let results: Vec<Vec<T>> = heads
             .par_iter()
@@ -181,9 +181,9 @@ impl Reference for DkdvReference {
     fn run<T: Real>(&self, args: &Args<'_, T>) -> Result<()> {
         let shape = self.0;
         let read = BACKWARD_ARGS.map(|name| args.read(name));
-        let [q, k, v, d_o, lse, delta] = read;
-        let (q, k, v, d_o, lse, delta) = (q?, k?, v?, d_o?, lse?, delta?);
-        let args_read: [&[T]; 6] = [&q, &k, &v, &d_o, &lse, &delta];
+        let [q, k, v, d_o, lse_delta] = read;
+        let (q, k, v, d_o, lse_delta) = (q?, k?, v?, d_o?, lse_delta?);
+        let args_read: [&[T]; 5] = [&q, &k, &v, &d_o, &lse_delta];
         let heads = shape.all_heads();
         let results: Vec<(Vec<T>, Vec<T>)> = heads
             .par_iter()

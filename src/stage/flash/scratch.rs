@@ -17,7 +17,7 @@ use crate::tensor::Element;
 const DQ_WORKGROUPS: usize = 512;
 const LEAST_PART: usize = 16;
 /// Storage buffers of `flash_backward_dkdv_coop` with d_scores.
-const SCRATCH_BINDINGS: u32 = 10;
+const SCRATCH_BINDINGS: u32 = 9;
 
 // What the time of a backward is predicted from, as measured on an H100. The unit is the work of one of its
 // multiprocessors on a pair of a block of queries and one of keys for dk and dv: 7.1 us.
@@ -39,7 +39,7 @@ const LAUNCH: f64 = 2.0;
 /// Queries that the backward with scratch memory takes at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Chunk {
-    /// In blocks of `dkdv.block_n`.
+    /// In blocks of d_scores.
     pub blocks: Range<usize>,
     /// Workgroups that share a block of queries of dq.
     pub dq_parts: usize,
@@ -128,7 +128,7 @@ impl BackwardWithScratch {
     fn dkdv_time(&self, shape: &FlashShape, chunk: &Chunk) -> f64 {
         let group = shape.heads / shape.kv_heads;
         let Range { start, end } = chunk.blocks;
-        let last = shape.tokens <= end * self.dkdv.block_n;
+        let last = shape.tokens <= end * self.dq.block_n;
         let cost = |queries: usize, carried: f64| (group * queries) as f64 + START + CARRY * carried;
         let carried = if last { 0.0 } else { 1.0 };
         // Workgroups for keys before the chunk have equal work.
@@ -171,22 +171,24 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
     }
     let [dq, dq_of_few] = [dq_from_ds(caps, head_dim, element, 2)?, dq_from_ds(caps, head_dim, element, 4)?];
     let group = heads / kv_heads;
-    let blocks = tokens.div_ceil(dkdv.block_n);
+    let block = dq.block_n;
+    let blocks = tokens.div_ceil(block);
     let with = |at_once: usize, count: usize| {
         let chunks = chunks(blocks, count, at_once * group);
-        let of_heads = at_once * group * dkdv.block_n;
+        let of_heads = at_once * group * block;
         let largest = chunks.iter().map(Chunk::pairs).max().unwrap_or(0);
         let workgroups = |chunk: &Chunk| chunk.dq_parts * chunk.blocks.len();
         let few = chunks.iter().all(|chunk| at_once * group * workgroups(chunk) < DQ_WORKGROUPS);
         let dq = if few { &dq_of_few } else { &dq };
         let partial = chunks.iter().filter(|chunk| chunk.dq_parts > 1).map(workgroups).max().unwrap_or(0);
-        let carried = if chunks.len() > 1 { at_once * blocks * (2 * dkdv.block_n * head_dim + 4) } else { 0 };
+        let key_blocks = tokens.div_ceil(dkdv.block_n);
+        let carried = if chunks.len() > 1 { at_once * key_blocks * (2 * dkdv.block_n * head_dim + 4) } else { 0 };
         BackwardWithScratch {
             dkdv: dkdv.clone(),
             dq: dq.clone(),
             dq_sum: dq_sum(dq),
             kv_heads: at_once,
-            ds_len: of_heads * dkdv.block_n * largest,
+            ds_len: of_heads * block * largest,
             // A binding is not empty.
             carried_len: carried.max(4),
             partial_len: (of_heads * head_dim * partial).max(4),
@@ -197,7 +199,7 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
     let candidates = (1..=kv_heads).filter(|&at_once| kv_heads.div_ceil(kv_heads.div_ceil(at_once)) == at_once);
     let fewest = |at_once: usize| {
         let pairs = (at_once * group * pairs_before(blocks)) as u64;
-        let bytes = Element::F16.bytes() * pairs * (dkdv.block_n * dkdv.block_n) as u64;
+        let bytes = Element::F16.bytes() * pairs * (block * block) as u64;
         let least = bytes / caps.scratch_bytes.max(1);
         (least.max(1)..=blocks as u64).map(|count| with(at_once, count as usize)).find(|plan| plan.fits(caps))
     };
