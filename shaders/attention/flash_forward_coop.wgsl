@@ -206,11 +206,14 @@ fn main(
             );
             #end
             #end
+            // All loads before all products: 1 % faster than in turns.
+            #for d in 0..DEPTH_MATRICES
+            let keys$d = coopLoad<MatrixB>(&keys[keys_at + $du * MATRIX_VECTORS], KEY_STRIDE);
+            #end
             #for r in 0..2
             var scores$r = MatrixC();
             #end
             #for d in 0..DEPTH_MATRICES
-            let keys$d = coopLoad<MatrixB>(&keys[keys_at + $du * MATRIX_VECTORS], KEY_STRIDE);
             #for r in 0..2
             scores$r = coopMultiplyAdd(q$r[$d], keys$d, scores$r);
             #end
