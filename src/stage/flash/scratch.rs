@@ -16,7 +16,7 @@ use crate::tensor::Element;
 /// more subgroups.
 const DQ_WORKGROUPS: usize = 512;
 const LEAST_PART: usize = 16;
-/// Storage buffers of `flash_backward_dkdv_coop` with d_scores.
+/// Storage buffers of the kernels that write d_scores.
 const SCRATCH_BINDINGS: u32 = 9;
 
 // What the time of a backward is predicted from, as measured on an H100. The unit is the work of one of its
