@@ -202,7 +202,10 @@ fn a_backward_without_scratch_matches_the_reference() {
 #[test]
 fn a_backward_in_chunks_matches_the_reference() -> Result<()> {
     for (shape, budgets) in [
-        (shape((2, 1290, 2, 1, 16), F16, TokensHeads), vec![3_000_000, 1 << 24]),
+        // A head of each group at a time, then whole groups; of both batch entries.
+        (shape((2, 1290, 2, 1, 16), F16, TokensHeads), vec![5_000_000, 1 << 24]),
+        // A head at a time, all heads in two chunks of queries, everything.
+        (shape((1, 2100, 3, 1, 16), F16, HeadsTokens), vec![6_000_000, 8_000_000, 1 << 24]),
         (shape((1, 768, 64, 64, 16), F16, HeadsTokens), vec![24_000_000, 1 << 26]),
         (shape((1, 4400, 1, 1, 16), F16, HeadsTokens), vec![1 << 23, 3 << 22, 1 << 26]),
     ] {
@@ -232,14 +235,17 @@ fn a_backward_in_chunks_matches_the_reference() -> Result<()> {
 /// The same with NaN and infinities, before and after chunks begin.
 #[test]
 fn non_finite_inputs_pass_from_chunk_to_chunk() {
-    let shape = shape((1, 1290, 2, 1, 16), F16, TokensHeads);
     for (tensor, value) in NON_FINITE {
-        let mut values = uniform(&shape);
-        let heads = [2, 1, 1, 2][tensor];
-        for t in [45, 1000, 1029] {
-            values[tensor][row(&shape, heads, (0, heads - 1, t)) + 5] = value;
+        // Chunks of queries; a head of the group at a time, of which the last or the first has them.
+        for (heads, at, bytes) in [(1, 0, 1_500_000), (2, 1, 3_000_000), (2, 0, 3_000_000)] {
+            let shape = shape((1, 1290, heads, 1, 16), F16, TokensHeads);
+            let mut values = uniform(&shape);
+            let (heads, head) = if [0, 3].contains(&tensor) { (heads, at) } else { (1, 0) };
+            for t in [45, 1000, 1029] {
+                values[tensor][row(&shape, heads, (0, head, t)) + 5] = value;
+            }
+            check_with_scratch(&shape, &values, &[bytes]);
         }
-        check_with_scratch(&shape, &values, &[3_000_000]);
     }
 }
 

@@ -48,7 +48,7 @@ fn main(
         scores[NON_FINITE] = non_finite_before;
     }
 
-    for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
+    for (var head = first_head; head < end_head; head++) {
         let base = batch * params.tokens * params.heads + head * params.head_stride;
         let row_base = (batch * params.heads + head) * params.tokens;
         workgroupBarrier();
@@ -89,7 +89,7 @@ fn main(
         for (var first_tile = 0u; first_tile < tiles; first_tile += UNROLL) {
             #for once in 0..DS_SCRATCH
             let queries = (first_row + first_tile * MATRIX) / DS_BLOCK;
-            let ds_at = ds_pair(head - params.first_head * group_size, queries, block / KEY_BLOCKS)
+            let ds_at = ds_pair(kv_head_index * params.members + head - first_head, queries, block / KEY_BLOCKS)
                 + first_tile % (DS_BLOCK / MATRIX) * DS_TILE + block % KEY_BLOCKS * WORKGROUP + invocation;
             #end
             #for u in 0..UNROLL
@@ -233,7 +233,7 @@ fn main(
         #end
         #end
 
-        let next_head = min(head + 1u, (kv_head + 1u) * group_size - 1u);
+        let next_head = min(head + 1u, end_head - 1u);
         #for s in 0..STAGES
         next_at$s = row_load(batch, next_head, first_row + stage_row + $su * STAGE_ROWS) + stage_load;
         next_q$s = q[next_at$s];

@@ -58,10 +58,11 @@ fn main(
     let unit = params.first_unit + index;
     let first_row = params.first_block * DS_BLOCK;
     let query_blocks = (min(params.end_block * DS_BLOCK, params.tokens) - first_row + BLOCK_M - 1u) / BLOCK_M;
-    let head_index = unit % params.head_count;
-    let head = params.first_head + head_index;
-    let part = unit / params.head_count % params.parts;
-    let rank = unit / (params.head_count * params.parts);
+    let head_index = unit % head_count();
+    let batch = batch_and_head(head_index).x;
+    let head = batch_and_head(head_index).y;
+    let part = unit / head_count() % params.parts;
+    let rank = unit / (head_count() * params.parts);
     let block = params.first_block * DS_BLOCK / BLOCK_M + query_blocks - 1u - rank;
     let first_query = block * BLOCK_M;
     // The steps of the block's part of the keys; each block of keys makes four, a multiple of AHEAD.
@@ -70,7 +71,6 @@ fn main(
     if (first_step == end_step) {
         return;
     }
-    let batch = params.first_batch;
     let kv_head = head / (params.heads / params.kv_heads);
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
     let last_token = params.tokens - 1u;

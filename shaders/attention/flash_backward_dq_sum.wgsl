@@ -26,10 +26,10 @@ fn main(
         return;
     }
     let unit = params.first_unit + index;
-    let head_index = unit % params.head_count;
-    let first_row = unit / params.head_count * ROWS;
-    let head = params.first_head + head_index;
-    let base = params.first_batch * params.tokens * params.heads + head * params.head_stride;
+    let head_index = unit % head_count();
+    let first_row = unit / head_count() * ROWS;
+    let batch_head = batch_and_head(head_index);
+    let base = batch_head.x * params.tokens * params.heads + batch_head.y * params.head_stride;
     for (var i = invocation; i < ROWS * VECTORS; i += WORKGROUP) {
         let row = first_row + i / VECTORS;
         let query = params.first_block * DS_BLOCK + row;

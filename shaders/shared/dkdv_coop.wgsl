@@ -10,8 +10,9 @@
 //
 // so every staged row serves two products. Between them go the weights and d_scores, which need both groups' scores.
 //
-// DS_SCRATCH also writes d_scores for flash_backward_dq_from_ds_coop; then a dispatch may have the queries of some blocks
-// only, and dk and dv go on in f32 from one to the next. These blocks, of DS_BLOCK tokens, are one or more of BLOCK_N.
+// DS_SCRATCH also writes d_scores for flash_backward_dq_from_ds_coop; then a dispatch may have some heads of each group
+// and the queries of some blocks only, and dk and dv go on in f32 from one to the next. These blocks, of DS_BLOCK tokens,
+// are one or more of BLOCK_N.
 //
 // What the mask excludes must not reach a gradient even as 0 * NaN: tiles that the mask crosses are staged with zero in
 // place of infinity and NaN. The weights of such a query are NaN by its lse, its d_scores by its delta; what dv lacks
@@ -32,7 +33,7 @@
 @group(0) @binding(7) var<uniform> params: Params;
 #for once in 0..DS_SCRATCH
 @group(0) @binding(8) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and pair of blocks, see ds_pair
-@group(0) @binding(9) var<storage, read_write> carried: array<vec4<f32>>; // [head_count, blocks of S, CARRIED]
+@group(0) @binding(9) var<storage, read_write> carried: array<vec4<f32>>; // [kv_head_count, blocks, CARRIED]
 #end
 
 const LOG2_E: f32 = 1.4426950408889634;

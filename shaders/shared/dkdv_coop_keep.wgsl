@@ -7,20 +7,21 @@
     }
     // Heads are fastest; the block with most queries comes first.
     let unit = params.first_unit + index;
-    let blocks = params.end_block * KEY_BLOCKS;
-    let head_index = unit % params.head_count;
-    let kv_head = params.first_head + head_index;
-    let block = unit / params.head_count % blocks;
+    let kv_head_index = unit % params.kv_head_count;
+    let batch = (params.first_kv_head + kv_head_index) / params.kv_heads;
+    let kv_head = (params.first_kv_head + kv_head_index) % params.kv_heads;
+    let group_size = params.heads / params.kv_heads;
+    let first_head = kv_head * group_size + params.first_member;
+    let end_head = first_head + params.members;
+    let block = unit / params.kv_head_count;
     let first_key = block * BLOCK_N;
     // The first of the queries that see the block.
     let first_row = max(block / KEY_BLOCKS, params.first_block) * DS_BLOCK;
-    let batch = params.first_batch + unit / (params.head_count * blocks);
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
     let last_token = params.tokens - 1u;
     let tiles = (min(params.end_block * DS_BLOCK, params.tokens) - first_row + MATRIX - 1u) / MATRIX;
     let row_loads = params.token_stride * LOADS;
     let exponent_scale = params.scale * LOG2_E;
-    let group_size = params.heads / params.kv_heads;
 
     let subgroup = invocation / SUBGROUP;
     let group = subgroup / (SUBGROUPS / 2u);
@@ -39,7 +40,7 @@
 
     // The first tile is on its way while k or v are kept.
     #for s in 0..STAGES
-    var next_at$s = row_load(batch, kv_head * group_size, first_row + stage_row + $su * STAGE_ROWS) + stage_load;
+    var next_at$s = row_load(batch, first_head, first_row + stage_row + $su * STAGE_ROWS) + stage_load;
     var next_q$s = q[next_at$s];
     var next_d_o$s = d_o[next_at$s];
     #end
@@ -98,10 +99,10 @@
     workgroupBarrier();
     var non_finite_before = vec4<f32>(0.0);
     #for once in 0..DS_SCRATCH
-    let carried_block = head_index * ((params.tokens + BLOCK_N - 1u) / BLOCK_N) + block;
+    let carried_block = kv_head_index * ((params.tokens + DS_BLOCK - 1u) / DS_BLOCK * KEY_BLOCKS) + block;
     let carried_at = carried_block * CARRIED + subgroup * 2u * DEPTH_MATRICES * MATRIX_SIZE;
     let carried_flag = carried_block * CARRIED + CARRIED - 1u;
-    if (block / KEY_BLOCKS < params.first_block) {
+    if (params.first_member > 0u || block / KEY_BLOCKS < params.first_block) {
         #for r in 0..2
         #for d in 0..DEPTH_MATRICES
         sums$r[$d] = coopLoadT<MatrixC>(

@@ -41,18 +41,18 @@ params!(ChunkParams {
     scale: f32,
     first_unit: u32,
     units: u32,
-    first_batch: u32,
-    first_head: u32,
-    head_count: u32,
+    first_kv_head: u32,
+    kv_head_count: u32,
+    first_member: u32,
+    members: u32,
     first_block: u32,
     end_block: u32,
     parts: u32,
 });
 
 impl TileParams {
-    /// The same for the kernels with d_scores in scratch memory, whose units may be of some heads and, by blocks, of some
-    /// queries only.
-    fn of_chunk(self, first_batch: usize, heads: &Range<usize>, chunk: &scratch::Chunk) -> ChunkParams {
+    /// The same for the kernels whose units may be of some heads and, by blocks, of some queries only.
+    fn of_chunk(self, heads: &scratch::Heads, chunk: &scratch::Chunk) -> ChunkParams {
         ChunkParams {
             tokens: self.tokens,
             heads: self.heads,
@@ -64,9 +64,10 @@ impl TileParams {
             scale: self.scale,
             first_unit: self.first_unit,
             units: self.units,
-            first_batch: first_batch as u32,
-            first_head: heads.start as u32,
-            head_count: heads.len() as u32,
+            first_kv_head: heads.kv_heads.start as u32,
+            kv_head_count: heads.kv_heads.len() as u32,
+            first_member: heads.members.start as u32,
+            members: heads.members.len() as u32,
             first_block: chunk.blocks.start as u32,
             end_block: chunk.blocks.end as u32,
             parts: chunk.dq_parts as u32,
@@ -238,70 +239,67 @@ impl FlashShape {
         2 * self.head_dim as u64 * self.pairs(queries, 0..self.tokens)
     }
 
-    /// Operations of the four products of a block of keys with these queries, for dk and dv.
-    fn dkdv_work(&self, tile: &Tile, block: usize, queries: Range<usize>) -> u64 {
-        let group = (self.heads / self.kv_heads) as u64;
+    /// Operations of the four products of a block of keys with these queries of so many query heads, for dk and dv.
+    fn dkdv_work(&self, tile: &Tile, block: usize, queries: Range<usize>, heads: usize) -> u64 {
         let keys = block * tile.block_n..(block + 1) * tile.block_n;
-        8 * self.head_dim as u64 * group * self.pairs(queries, keys)
+        8 * (self.head_dim * heads) as u64 * self.pairs(queries, keys)
     }
 
     /// The dispatches of the backward for k and v by itself.
     fn dkdv_dispatches(&self, caps: &Caps, tile: &Tile, command: Command) -> Result<Command> {
         let kernel = self.kernel(caps, tile);
-        let work = |block| self.dkdv_work(tile, block, 0..self.tokens);
-        let parts = |batch, blocks| self.parts(caps, self.scale(), (batch, blocks, self.kv_heads), work);
+        let group = self.heads / self.kv_heads;
+        let work = |block| self.dkdv_work(tile, block, 0..self.tokens, group);
         let Some(size) = tile.matrix else {
-            return command
-                .dispatch_parts(caps, self.batch, kernel, |batch| parts(batch, self.tokens.div_ceil(tile.block_n)));
+            let blocks = self.tokens.div_ceil(tile.block_n);
+            return command.dispatch_parts(caps, self.batch, kernel, |batch| {
+                self.parts(caps, self.scale(), (batch, blocks, self.kv_heads), work)
+            });
         };
         let ds_block = coop::ds_block(size);
         let chunk = scratch::Chunk { blocks: 0..self.tokens.div_ceil(ds_block), dq_parts: 1 };
         command.dispatch_parts(caps, self.batch, kernel, |batch| {
-            let of_chunk = |params: TileParams| params.of_chunk(0, &(0..self.kv_heads), &chunk);
-            let parts = parts(batch, chunk.blocks.end * (ds_block / tile.block_n))?;
-            Ok(parts.into_iter().map(|(params, grid, work)| (of_chunk(params), grid, work)).collect())
+            let heads = scratch::Heads { kv_heads: 0..batch * self.kv_heads, members: 0..group };
+            let blocks = chunk.blocks.end * (ds_block / tile.block_n);
+            let parts = self.parts(caps, self.scale(), (1, blocks, heads.kv_heads.len()), work)?;
+            Ok(parts.into_iter().map(|(params, grid, work)| (params.of_chunk(&heads, &chunk), grid, work)).collect())
         })
     }
 
-    /// The dispatches of the backward that keeps d_scores in scratch memory: for some heads of a batch entry and some
-    /// queries at a time dk and dv, then dq.
+    /// The dispatches of the backward that keeps d_scores in scratch memory: for some heads and some queries at a time dk
+    /// and dv, then dq.
     fn scratch_dispatches(
         &self,
         caps: &Caps,
         plan: &scratch::BackwardWithScratch,
         mut command: Command,
     ) -> Result<Command> {
-        let group = self.heads / self.kv_heads;
         let [dkdv, dq, dq_sum] = [&plan.dkdv, &plan.dq, &plan.dq_sum].map(|tile| self.kernel(caps, tile));
-        let add = |mut command: Command,
-                   kernel: &Kernel,
-                   (batch, heads, chunk): (usize, &Range<usize>, &scratch::Chunk),
-                   blocks: usize,
-                   work: &dyn Fn(usize) -> u64| {
-            for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads.len()), work)? {
-                command = command.dispatch(kernel.clone(), params.of_chunk(batch, heads, chunk), grid, work);
-            }
-            Result::Ok(command)
-        };
-        for batch in 0..self.batch {
-            for first in (0..self.kv_heads).step_by(plan.kv_heads) {
-                let kv_heads = first..(first + plan.kv_heads).min(self.kv_heads);
-                let heads = kv_heads.start * group..kv_heads.end * group;
-                for chunk in &plan.chunks {
-                    let queries = chunk.queries(plan.dq.block_n, self.tokens);
-                    let work = |block| self.dkdv_work(&plan.dkdv, block, queries.clone());
-                    let blocks = chunk.blocks.end * (plan.dq.block_n / plan.dkdv.block_n);
-                    command = add(command, &dkdv, (batch, &kv_heads, chunk), blocks, &work)?;
-
-                    let (parts, end) = (chunk.dq_parts, queries.end.div_ceil(plan.dq.block_m));
-                    let work = |unit| self.product_work(&plan.dq, end - 1 - unit / parts).div_ceil(parts as u64);
-                    let blocks = end - queries.start / plan.dq.block_m;
-                    command = add(command, &dq, (batch, &heads, chunk), blocks * parts, &work)?;
-                    if parts > 1 {
-                        let work = |_| (coop::SUM_ROWS * self.head_dim * parts) as u64;
-                        let blocks = queries.len().div_ceil(coop::SUM_ROWS);
-                        command = add(command, &dq_sum, (batch, &heads, chunk), blocks, &work)?;
+        for heads in plan.heads(self) {
+            let query_heads = heads.kv_heads.len() * heads.members.len();
+            for chunk in &plan.chunks {
+                let add = |mut command: Command,
+                           kernel: &Kernel,
+                           (blocks, heads_at_once): (usize, usize),
+                           work: &dyn Fn(usize) -> u64| {
+                    for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads_at_once), work)? {
+                        command = command.dispatch(kernel.clone(), params.of_chunk(&heads, chunk), grid, work);
                     }
+                    Result::Ok(command)
+                };
+                let queries = chunk.queries(plan.dq.block_n, self.tokens);
+                let work = |block| self.dkdv_work(&plan.dkdv, block, queries.clone(), heads.members.len());
+                let blocks = chunk.blocks.end * (plan.dq.block_n / plan.dkdv.block_n);
+                command = add(command, &dkdv, (blocks, heads.kv_heads.len()), &work)?;
+
+                let (parts, end) = (chunk.dq_parts, queries.end.div_ceil(plan.dq.block_m));
+                let work = |unit| self.product_work(&plan.dq, end - 1 - unit / parts).div_ceil(parts as u64);
+                let blocks = end - queries.start / plan.dq.block_m;
+                command = add(command, &dq, (blocks * parts, query_heads), &work)?;
+                if parts > 1 {
+                    let work = |_| (coop::SUM_ROWS * self.head_dim * parts) as u64;
+                    let blocks = queries.len().div_ceil(coop::SUM_ROWS);
+                    command = add(command, &dq_sum, (blocks, query_heads), &work)?;
                 }
             }
         }

@@ -1,5 +1,5 @@
-//! The backward with five products: what of it is done at a time, so that its d_scores fit the memory for them, and how
-//! long that takes. Its kernels' tiles are in `coop`.
+//! The backward with five products: which heads and queries are done at a time, so that their d_scores fit the memory for
+//! them, and how long that takes. Its kernels' tiles are in `coop`.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -26,7 +26,7 @@ const SCRATCH_BINDINGS: u32 = 9;
 const PROCESSORS: usize = 132;
 /// Beginning and end of one.
 const START: f64 = 3.0;
-/// Reading or writing its dk and dv between chunks.
+/// Reading or writing its dk and dv between dispatches.
 const CARRY: f64 = 0.25;
 /// A pair in `flash_backward_dq_from_ds_coop`, and a workgroup of several that share a block.
 const DQ: f64 = 0.3;
@@ -36,7 +36,16 @@ const DQ_RECOMPUTED: f64 = 0.9;
 /// The dispatches of a chunk, one after the other.
 const LAUNCH: f64 = 2.0;
 
-/// Queries that the backward with scratch memory takes at a time.
+/// Heads that the backward with scratch memory takes at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Heads {
+    /// Counted over the batch.
+    pub kv_heads: Range<usize>,
+    /// Query heads of the group of each.
+    pub members: Range<usize>,
+}
+
+/// Queries that it takes at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Chunk {
     /// In blocks of d_scores.
@@ -87,19 +96,33 @@ pub(super) struct BackwardWithScratch {
     pub dq: Tile,
     /// Adds what workgroups of it that share a block of queries give.
     pub dq_sum: Tile,
-    /// Kv heads at a time.
+    /// Kv heads at a time, counted over the batch.
     pub kv_heads: usize,
+    /// Query heads of the group of each at a time.
+    pub members: usize,
     /// Queries of those at a time.
     pub chunks: Vec<Chunk>,
     /// f16 of d_scores.
     pub ds_len: usize,
-    /// f32 of dk and dv between one chunk and the next.
+    /// f32 of dk and dv between one dispatch and the next.
     pub carried_len: usize,
     /// f32 of the parts of dq.
     pub partial_len: usize,
 }
 
 impl BackwardWithScratch {
+    /// The heads at a time, in order. Those of a group come one after the other, as dk and dv are carried.
+    pub fn heads(&self, shape: &FlashShape) -> Vec<Heads> {
+        let (kv_heads, group) = (shape.batch * shape.kv_heads, shape.heads / shape.kv_heads);
+        let parts = |count: usize, at_once: usize| {
+            (0..count).step_by(at_once).map(move |first| first..(first + at_once).min(count))
+        };
+        let of_group = |kv_heads: Range<usize>| {
+            parts(group, self.members).map(move |members| Heads { kv_heads: kv_heads.clone(), members })
+        };
+        parts(kv_heads, self.kv_heads).flat_map(of_group).collect()
+    }
+
     /// Whether its memory is within `Caps::scratch_bytes` and what a binding can hold.
     fn fits(&self, caps: &Caps) -> bool {
         let most = caps.limits.max_storage_buffer_binding_size.min(caps.limits.max_buffer_size);
@@ -113,26 +136,31 @@ impl BackwardWithScratch {
 
     /// Predicted time of all its dispatches. It is for large GPUs; on small ones plans differ by less.
     fn time(&self, shape: &FlashShape) -> f64 {
-        let group = shape.heads / shape.kv_heads;
         let processors = PROCESSORS as f64;
-        let of_chunk = |chunk: &Chunk| {
-            let pairs = (self.kv_heads * group * chunk.pairs()) as f64;
-            let parts =
-                if chunk.dq_parts > 1 { self.kv_heads * group * chunk.blocks.len() * chunk.dq_parts } else { 0 };
-            self.dkdv_time(shape, chunk) + (DQ * pairs + DQ_PART * parts as f64) / processors + LAUNCH
+        // As if all parts of the kv heads were as many as the first.
+        let of_chunk = |members: &Range<usize>, chunk: &Chunk| {
+            let heads = self.kv_heads * self.members;
+            let parts = if chunk.dq_parts > 1 { heads * chunk.blocks.len() * chunk.dq_parts } else { 0 };
+            let dq = DQ * (heads * chunk.pairs()) as f64 + DQ_PART * parts as f64;
+            self.dkdv_time(shape, members, chunk) + dq / processors + LAUNCH
         };
-        shape.kv_heads.div_ceil(self.kv_heads) as f64 * self.chunks.iter().map(of_chunk).sum::<f64>()
+        let of_heads = |heads: &Heads| self.chunks.iter().map(|chunk| of_chunk(&heads.members, chunk)).sum::<f64>();
+        let heads = self.heads(shape);
+        let group = heads.iter().take_while(|heads| heads.kv_heads.start == 0);
+        let rounds = (shape.batch * shape.kv_heads).div_ceil(self.kv_heads);
+        rounds as f64 * group.map(of_heads).sum::<f64>()
     }
 
     /// The part of `dkdv` in that: each multiprocessor takes the next workgroup when it has done one.
-    fn dkdv_time(&self, shape: &FlashShape, chunk: &Chunk) -> f64 {
-        let group = shape.heads / shape.kv_heads;
+    fn dkdv_time(&self, shape: &FlashShape, members: &Range<usize>, chunk: &Chunk) -> f64 {
         let Range { start, end } = chunk.blocks;
-        let last = shape.tokens <= end * self.dq.block_n;
-        let cost = |queries: usize, carried: f64| (group * queries) as f64 + START + CARRY * carried;
-        let carried = if last { 0.0 } else { 1.0 };
+        let cost = |queries: usize, carried: f64| (self.members * queries) as f64 + START + CARRY * carried;
+        let times = |carried: bool| f64::from(u8::from(carried));
+        let last = shape.tokens <= end * self.dq.block_n && members.end == shape.heads / shape.kv_heads;
+        let (read, written) = (times(members.start > 0), times(!last));
+        let carried = read + written;
         // Workgroups for keys before the chunk have equal work.
-        let (equal, of_equal) = (self.kv_heads * start, cost(end - start, carried + 1.0));
+        let (equal, of_equal) = (self.kv_heads * start, cost(end - start, 1.0 + written));
         let busy = |i: usize| (equal / PROCESSORS + usize::from(i < equal % PROCESSORS)) as f64 * of_equal;
         let mut free: BinaryHeap<Reverse<u64>> = (0..PROCESSORS).map(|i| Reverse(ticks(busy(i)))).collect();
         let mut time = ticks(busy(0));
@@ -158,7 +186,7 @@ fn ticks(time: f64) -> u64 {
 /// Plans it for as many heads and as many queries at a time as is fastest within `Caps::scratch_bytes` and a binding.
 /// Where nothing fits, or only what is slower, the backward computes scores twice, with seven products.
 pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<BackwardWithScratch> {
-    let FlashShape { batch, tokens, heads, kv_heads, head_dim, element, .. } = *shape;
+    let FlashShape { batch, tokens, heads, head_dim, element, .. } = *shape;
     let dkdv = dkdv(caps, head_dim, element, true)?;
     // The kernel has bindings more than the others; slices of the batch are not for it.
     let limits = &caps.limits;
@@ -170,24 +198,29 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
         return None;
     }
     let [dq, dq_of_few] = [dq_from_ds(caps, head_dim, element, 2)?, dq_from_ds(caps, head_dim, element, 4)?];
-    let group = heads / kv_heads;
+    let (kv_heads, group) = (batch * shape.kv_heads, heads / shape.kv_heads);
     let block = dq.block_n;
     let blocks = tokens.div_ceil(block);
-    let with = |at_once: usize, count: usize| {
-        let chunks = chunks(blocks, count, at_once * group);
-        let of_heads = at_once * group * block;
+    let with = |(at_once, members): (usize, usize), count: usize| {
+        let chunks = chunks(blocks, count, at_once * members);
+        let of_heads = at_once * members * block;
         let largest = chunks.iter().map(Chunk::pairs).max().unwrap_or(0);
         let workgroups = |chunk: &Chunk| chunk.dq_parts * chunk.blocks.len();
-        let few = chunks.iter().all(|chunk| at_once * group * workgroups(chunk) < DQ_WORKGROUPS);
+        let few = chunks.iter().all(|chunk| at_once * members * workgroups(chunk) < DQ_WORKGROUPS);
         let dq = if few { &dq_of_few } else { &dq };
         let partial = chunks.iter().filter(|chunk| chunk.dq_parts > 1).map(workgroups).max().unwrap_or(0);
-        let key_blocks = tokens.div_ceil(dkdv.block_n);
-        let carried = if chunks.len() > 1 { at_once * key_blocks * (2 * dkdv.block_n * head_dim + 4) } else { 0 };
+        let key_blocks = blocks * (block / dkdv.block_n);
+        let carried = if chunks.len() > 1 || members < group {
+            at_once * key_blocks * (2 * dkdv.block_n * head_dim + 4)
+        } else {
+            0
+        };
         BackwardWithScratch {
             dkdv: dkdv.clone(),
             dq: dq.clone(),
             dq_sum: dq_sum(dq),
             kv_heads: at_once,
+            members,
             ds_len: of_heads * block * largest,
             // A binding is not empty.
             carried_len: carried.max(4),
@@ -195,21 +228,24 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
             chunks,
         }
     };
-    // Of each number of heads the fewest chunks; heads in equal numbers as far as they divide.
-    let candidates = (1..=kv_heads).filter(|&at_once| kv_heads.div_ceil(kv_heads.div_ceil(at_once)) == at_once);
-    let fewest = |at_once: usize| {
-        let pairs = (at_once * group * pairs_before(blocks)) as u64;
+    // Of each number of heads the fewest chunks; kv heads in equal numbers as far as they divide.
+    let equal = (1..=kv_heads).filter(|&at_once| kv_heads.div_ceil(kv_heads.div_ceil(at_once)) == at_once);
+    let divisors = |at_once: usize| (1..=group).filter(move |&n| group % n == 0).map(move |members| (at_once, members));
+    let candidates = equal.flat_map(divisors);
+    let fewest = |heads: (usize, usize)| {
+        let pairs = (heads.0 * heads.1 * pairs_before(blocks)) as u64;
         let bytes = Element::F16.bytes() * pairs * (block * block) as u64;
         let least = bytes / caps.scratch_bytes.max(1);
-        (least.max(1)..=blocks as u64).map(|count| with(at_once, count as usize)).find(|plan| plan.fits(caps))
+        (least.max(1)..=blocks as u64).map(|count| with(heads, count as usize)).find(|plan| plan.fits(caps))
     };
     let plans = candidates.filter_map(fewest);
     let plans: Vec<(f64, BackwardWithScratch)> = plans.map(|plan| (plan.time(shape), plan)).collect();
     let fastest = plans.iter().map(|(time, _)| *time).min_by(f64::total_cmp)?;
     let everything = Chunk { blocks: 0..blocks, dq_parts: 1 };
-    let whole = with(kv_heads, 1);
-    let products = (heads * everything.pairs()) as f64 / PROCESSORS as f64;
-    let recomputed = whole.dkdv_time(shape, &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
+    let whole = with((kv_heads, group), 1);
+    let products = (batch * heads * everything.pairs()) as f64 / PROCESSORS as f64;
+    let recomputed =
+        whole.dkdv_time(shape, &(0..group), &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
     if fastest > recomputed {
         return None;
     }
@@ -223,9 +259,9 @@ mod tests {
     use super::super::coop::tests::{caps, shape};
     use super::*;
 
-    /// Kv heads and chunks of queries of the backward with scratch memory.
-    fn at_once(caps: &Caps, tokens: usize, kv_heads: usize, element: Element) -> Option<(usize, usize)> {
-        backward_with_scratch(caps, &shape(tokens, kv_heads, element)).map(|plan| (plan.kv_heads, plan.chunks.len()))
+    /// Kv heads, query heads of their groups and chunks of queries of the backward with scratch memory.
+    fn at_once(caps: &Caps, shape: &FlashShape) -> Option<(usize, usize, usize)> {
+        backward_with_scratch(caps, shape).map(|plan| (plan.kv_heads, plan.members, plan.chunks.len()))
     }
 
     #[test]
@@ -262,14 +298,20 @@ mod tests {
     #[test]
     fn scratch_is_taken_where_it_fits() {
         let caps = caps();
-        assert_eq!(at_once(&caps, 4_096, 8, Element::F16), Some((8, 1)));
-        assert_eq!(at_once(&caps, 18_432, 8, Element::F16), Some((4, 1)));
-        assert_eq!(at_once(&caps, 32_768, 8, Element::F16), Some((1, 1)));
-        // The workgroup of the first keys has the queries of a whole group.
-        assert_eq!(at_once(&caps, 18_432, 2, Element::F16), Some((2, 2)));
-        assert_eq!(at_once(&caps, 98_304, 8, Element::F16), Some((2, 11)));
+        let of = |batch, tokens, heads, kv_heads| {
+            at_once(&caps, &FlashShape { batch, heads, ..shape(tokens, kv_heads, Element::F16) })
+        };
+        assert_eq!(of(1, 4_096, 8, 8), Some((8, 1, 1)));
+        assert_eq!(of(1, 18_432, 8, 8), Some((4, 1, 1)));
+        assert_eq!(of(1, 32_768, 8, 8), Some((1, 1, 1)));
+        assert_eq!(of(1, 98_304, 8, 8), Some((2, 1, 11)));
+        // Heads of all batch entries at a time.
+        assert_eq!(of(8, 1_024, 16, 16), Some((128, 1, 1)));
+        // With whole groups the workgroup of the first keys would have too much.
+        assert_eq!(of(1, 18_432, 8, 2), Some((2, 2, 1)));
+        assert_eq!(of(1, 8_192, 32, 4), Some((4, 4, 1)));
         // No matrices of f32.
-        assert_eq!(at_once(&caps, 4_096, 8, Element::F32), None);
-        assert_eq!(at_once(&Caps { scratch_bytes: 0, ..caps.clone() }, 64, 8, Element::F16), None);
+        assert_eq!(at_once(&caps, &shape(4_096, 8, Element::F32)), None);
+        assert_eq!(at_once(&Caps { scratch_bytes: 0, ..caps.clone() }, &shape(64, 8, Element::F16)), None);
     }
 }
