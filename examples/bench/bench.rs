@@ -119,8 +119,9 @@ impl Bench {
         let software = device.kind() == Kind::Software;
         let budget = Budget {
             warm: Duration::from_millis(if software { 0 } else { 300 }),
-            timed: Duration::from_millis(if software { 200 } else { 300 }),
+            timed: Duration::from_millis(if software { 200 } else { 1000 }),
             cap: Duration::from_millis(if software { 2000 } else { 1500 }),
+            last: None,
         };
         let report = Report { device: device.name(), rows: Vec::new() };
         let clock = device.clock();

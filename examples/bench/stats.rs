@@ -50,6 +50,8 @@ pub struct Budget {
     pub timed: Duration,
     /// A row whose one run is predicted to take longer is left out.
     pub cap: Duration,
+    /// End of the row before.
+    pub last: Option<Instant>,
 }
 
 impl Budget {
@@ -57,12 +59,20 @@ impl Budget {
     const MOST: usize = 30;
     /// Fewest runs where one takes as long as the whole of `timed`.
     const FEWEST_LONG: usize = 3;
+    /// After so long without work, while kernels were compiled, an H100 has taken 0.25 to 0.72 s to be back at its clocks.
+    const IDLE: Duration = Duration::from_secs(1);
+    const WARM_AFTER_IDLE: u32 = 4;
 
     /// Runs until warm, then collects samples: 5 to 30, as many as fit `timed`, and 3 of long runs.
-    pub fn collect<T>(&self, mut run: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
-        let start = Instant::now();
-        let mut warm_runs = 0;
-        while warm_runs == 0 || start.elapsed() < self.warm {
+    pub fn collect<T>(&mut self, mut run: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
+        // The first run may compile.
+        let mut start = Instant::now();
+        run()?;
+        let (mut warm, mut warm_runs) = (self.warm, 1);
+        if !warm.is_zero() && self.last.is_none_or(|last| last.elapsed() > Self::IDLE) {
+            (start, warm, warm_runs) = (Instant::now(), warm * Self::WARM_AFTER_IDLE, 0);
+        }
+        while start.elapsed() < warm {
             run()?;
             warm_runs += 1;
         }
@@ -72,6 +82,7 @@ impl Budget {
         while samples.len() < fewest || (samples.len() < Self::MOST && start.elapsed() < self.timed) {
             samples.push(run()?);
         }
+        self.last = Some(Instant::now());
         Ok(samples)
     }
 }
@@ -79,6 +90,8 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NONE: Budget = Budget { warm: Duration::ZERO, timed: Duration::ZERO, cap: Duration::MAX, last: None };
 
     #[test]
     fn median_and_percentiles_are_interpolated() {
@@ -92,7 +105,7 @@ mod tests {
 
     #[test]
     fn runs_are_between_the_fewest_and_the_most() {
-        let budget = |millis| Budget { warm: Duration::ZERO, timed: Duration::from_millis(millis), cap: Duration::MAX };
+        let budget = |millis| Budget { timed: Duration::from_millis(millis), ..NONE };
         assert_eq!(budget(60_000).collect(|| Ok(())).unwrap().len(), 30);
         let sleep = |millis| {
             move || -> Result<()> {
@@ -106,7 +119,28 @@ mod tests {
 
     #[test]
     fn an_error_ends_the_runs() {
-        let budget = Budget { warm: Duration::ZERO, timed: Duration::ZERO, cap: Duration::MAX };
-        assert!(budget.collect(|| -> Result<()> { Err("lost".into()) }).is_err());
+        assert!({ NONE }.collect(|| -> Result<()> { Err("lost".into()) }).is_err());
+    }
+
+    #[test]
+    fn a_device_that_was_idle_is_warmed_longer() {
+        let milliseconds = Duration::from_millis;
+        let collect = |last: Option<Instant>| {
+            let mut budget = Budget { warm: milliseconds(20), last, ..NONE };
+            let (start, mut runs) = (Instant::now(), 0);
+            let run = || -> Result<()> {
+                std::thread::sleep(milliseconds(4));
+                runs += 1;
+                Ok(())
+            };
+            budget.collect(run).unwrap();
+            assert!(budget.last.is_some_and(|last| last > start));
+            (runs, start.elapsed())
+        };
+        // Sleep is never shorter: five runs, and three that are kept.
+        assert!(collect(Some(Instant::now())).0 <= 8);
+        assert!(collect(None).1 > 4 * milliseconds(20));
+        let idle = Instant::now().checked_sub(2 * Budget::IDLE);
+        assert!(collect(idle).1 > 4 * milliseconds(20));
     }
 }

@@ -7,8 +7,8 @@
 Rows: `copy` (device to device), `cublas` (f16 GEMM 8192^3), exact causal attention on [1, H, N, D] in f16 with
 scaled_dot_product_attention, `flash2` (its FLASH_ATTENTION backend, FlashAttention-2) and `cudnn`, and the operators of a training
 step as eager PyTorch has them, `torch` and the operator's name (the bench's `operators`). Times are medians of warm
-runs between CUDA events, on random data; all runs of a row are queued before the first is waited for, so that the host's
-launches do not show.
+runs between CUDA events, on random data; all runs of a row below 5 ms are queued before the first is waited for, so that
+the host's launches do not show.
 
 The JSON is what the bench writes with --json (examples/bench/report.rs):
 
@@ -105,6 +105,7 @@ class Peers:
     def __init__(self, torch):
         self.torch = torch
         self.rows = []
+        self.last = time.monotonic()
 
     def events(self, run, count):
         """Milliseconds of `count` runs, queued one after the other."""
@@ -122,16 +123,21 @@ class Peers:
         """Runs until the time is over, and gives the milliseconds of a warm run."""
         self.events(run, 1)  # The first one of a shape builds plans, which can take longer than the time given.
         start = time.monotonic()
+        if start - self.last > 1:
+            seconds *= 4  # A card that was idle has to raise its clocks again.
         while True:
             last = self.events(run, 1)[0]
             if time.monotonic() - start >= seconds:
                 return last
 
     def measure(self, name, run, pass_="", element="f16", shape=None, moved=None, flops=None):
-        """Adds a row of 5 to 30 runs in about 0.3 s, 3 where one takes as long as that."""
+        """Adds a row of 5 to 30 runs in about a second, 3 where one takes as long as that."""
         one = self.warm(run, 0.3)
-        count = 3 if one > 300 else max(5, min(30, round(300 / one)))
-        times = sorted(self.events(run, count))
+        count = 3 if one > 1000 else max(5, min(30, round(1000 / one)))
+        # Long ones one by one, as the bench has them: a card without pauses reaches its power limit sooner.
+        at_once = count if one < 5 else 1
+        times = sorted(ms for _ in range(count // at_once) for ms in self.events(run, at_once))
+        self.last = time.monotonic()
         row = {
             "name": name,
             "pass": pass_,
