@@ -137,7 +137,7 @@ impl BackwardWithScratch {
     /// Predicted time of all its dispatches. It is for large GPUs; on small ones plans differ by less.
     fn time(&self, shape: &FlashShape) -> f64 {
         let processors = PROCESSORS as f64;
-        // As if all parts of the kv heads were as many as the first.
+        // As if every part of the kv heads had as many as the first.
         let of_chunk = |members: &Range<usize>, chunk: &Chunk| {
             let heads = self.kv_heads * self.members;
             let parts = if chunk.dq_parts > 1 { heads * chunk.blocks.len() * chunk.dq_parts } else { 0 };
@@ -155,9 +155,8 @@ impl BackwardWithScratch {
     fn dkdv_time(&self, shape: &FlashShape, members: &Range<usize>, chunk: &Chunk) -> f64 {
         let Range { start, end } = chunk.blocks;
         let cost = |queries: usize, carried: f64| (self.members * queries) as f64 + START + CARRY * carried;
-        let times = |carried: bool| f64::from(u8::from(carried));
         let last = shape.tokens <= end * self.dq.block_n && members.end == shape.heads / shape.kv_heads;
-        let (read, written) = (times(members.start > 0), times(!last));
+        let (read, written) = (f64::from(members.start > 0), f64::from(!last));
         let carried = read + written;
         // Workgroups for keys before the chunk have equal work.
         let (equal, of_equal) = (self.kv_heads * start, cost(end - start, 1.0 + written));
