@@ -59,7 +59,8 @@ impl Budget {
     const MOST: usize = 30;
     /// Fewest runs where one takes as long as the whole of `timed`.
     const FEWEST_LONG: usize = 3;
-    /// After so long without work, while kernels were compiled, an H100 has taken 0.25 to 0.72 s to be back at its clocks.
+    /// Without work for longer, while kernels compile, a GPU may lower its clocks: an H100 did after 2 s, not after 1, and took
+    /// 0.25 to 0.72 s to be back.
     const IDLE: Duration = Duration::from_secs(1);
     const WARM_AFTER_IDLE: u32 = 4;
 
