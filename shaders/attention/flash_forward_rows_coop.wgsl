@@ -6,10 +6,14 @@
 //     weights of tile j from its scores;  scores of tile j + 1;  o += weights of tile j - 1 * values of tile j - 1
 //
 // Keys and values have two buffers and a barrier closes a phase, which stages the keys of tile j + 2 and the values of
-// tile j. Two workgroups share a multiprocessor of an H100, which is what their 24 KiB are for: while one waits the other
-// works. At head_dim 64 this is 1.2 times as fast as flash_forward_coop, whose phases take turns at the matrices, the
-// exponentials and workgroup memory. All of a phase that is not rare is one stretch of code, for the driver to mix: with
-// the rescaling behind the barrier, a branch more, it is 8 % slower, and 15 % with a branch before the staging.
+// tile j. The subgroup's two matrices of rows take turns at memory for one matrix of scores and one of weights. At the
+// barrier it holds scores of the first rows and weights of the second; scores of the second and weights of the first wait
+// in registers and pass through in the middle of the phase. So the traffic is spread over the phase (6 % over memory for
+// both at head_dim 64), and more workgroups share a multiprocessor of an H100, two and up to head_dim 48 three (11 to
+// 13 %): while one waits another works. At head_dim 64 this is 1.3 times as fast as flash_forward_coop, whose phases take
+// turns at the matrices, the exponentials and workgroup memory. All of a phase that is not rare is one stretch of code,
+// for the driver to mix: with the rescaling behind the barrier, a branch more, it is 8 % slower, and 15 % with a branch
+// before the staging.
 //
 // The lazy rescaling, and infinity and NaN in what the mask excludes, are as in flash_forward_coop.
 
@@ -36,15 +40,15 @@ const SUBGROUPS: u32 = BLOCK_M / (2u * MATRIX);
 const WORKGROUP: u32 = SUBGROUPS * SUBGROUP;
 const LANES: u32 = SUBGROUP / MATRIX;
 
-// Vectors of four elements. All subgroups' matrices lie side by side in MATRIX rows, which are two vectors longer than
+// Vectors of four elements. The subgroups' matrices lie side by side in MATRIX rows, which are two vectors longer than
 // their contents, against bank conflicts; so do a tile's keys and values.
 const VECTORS: u32 = HEAD_DIM / 4u;
 const MATRIX_VECTORS: u32 = MATRIX / 4u;
-const SCORE_STRIDE: u32 = SUBGROUPS * 2u * MATRIX_VECTORS + 2u;
+const SCORE_STRIDE: u32 = SUBGROUPS * MATRIX_VECTORS + 2u;
 const TILE_STRIDE: u32 = 2u * VECTORS + 2u;
 const TILE_VECTORS: u32 = BLOCK_N * TILE_STRIDE;
 
-// A column of matrices of q in loads of 16 bytes.
+// A row of a matrix of q in loads of 16 bytes.
 const MATRIX_LOADS: u32 = MATRIX_VECTORS / LOAD_VECTORS;
 
 // Staging of a tile's rows: STAGE_ROWS at a time, one load of keys and one of values for each invocation.
@@ -86,8 +90,8 @@ fn main(
     let lane_row = subgroup_lane / LANES;
     let lane = subgroup_lane % LANES;
     let first_row = first_query + subgroup * 2u * MATRIX;
-    let columns_at = subgroup * 2u * MATRIX_VECTORS;
-    let row_at = lane_row * SCORE_STRIDE + columns_at + lane;
+    let matrix_at = subgroup * MATRIX_VECTORS;
+    let row_at = lane_row * SCORE_STRIDE + matrix_at + lane;
 
     let stage_row = select(BLOCK_N, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
     let stage_load = invocation % LOADS;
@@ -104,34 +108,33 @@ fn main(
     let second_key$s = k[key_at$s];
     #end
 
-    // q, through the memory of the weights. Rows past the last token repeat it and are not written.
+    // q, through the memory of the weights. Rows past the last token repeat it and are not written. (All loads before the
+    // first is waited for make no difference to an H100.)
     #for r in 0..2
     let query$r = first_row + $ru * MATRIX + lane_row;
     var q$r: array<MatrixA, DEPTH_MATRICES>;
     var o$r: array<MatrixC, DEPTH_MATRICES>;
     #end
     #for d in 0..DEPTH_MATRICES
-    for (var i = subgroup_lane; i < 2u * MATRIX * MATRIX_LOADS; i += SUBGROUP) {
+    #for r in 0..2
+    for (var i = subgroup_lane; i < MATRIX * MATRIX_LOADS; i += SUBGROUP) {
         let row = i / MATRIX_LOADS;
-        let token = min(first_row + row, last_token);
+        let token = min(first_row + $ru * MATRIX + row, last_token);
         let load = q[(base + token * params.token_stride) * LOADS + $du * MATRIX_LOADS + i % MATRIX_LOADS];
-        let at = row % MATRIX * SCORE_STRIDE + columns_at + row / MATRIX * MATRIX_VECTORS + i % MATRIX_LOADS * LOAD_VECTORS;
+        let at = row * SCORE_STRIDE + matrix_at + i % MATRIX_LOADS * LOAD_VECTORS;
         #for h in 0..LOAD_VECTORS
         weights[at + $hu] = vector_of_load(load, $hu);
         #end
     }
     subgroupBarrier();
-    #for r in 0..2
-    q$r[$d] = coopLoadT<MatrixA>(&weights[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-    #end
+    q$r[$d] = coopLoadT<MatrixA>(&weights[matrix_at], SCORE_STRIDE);
     subgroupBarrier();
+    #end
     #end
 
     // Tile -1 has weights and values zero. Tile 0 has its scores before the loop.
-    #for r in 0..2
     #for i in 0..CHUNKS
-    weights[row_at + $ru * MATRIX_VECTORS + $iu * LANES] = elem4();
-    #end
+    weights[row_at + $iu * LANES] = elem4();
     #end
     if (invocation == 0u) {
         scores[NON_FINITE] = vec4<f32>(0.0);
@@ -157,9 +160,7 @@ fn main(
     first_scores$r = coopMultiplyAdd(q$r[$d], first_keys$d, first_scores$r);
     #end
     #end
-    #for r in 0..2
-    coopStoreT(first_scores$r, &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-    #end
+    coopStoreT(first_scores0, &scores[matrix_at], SCORE_STRIDE);
     workgroupBarrier();
 
     // The maximum starts finite, so that no difference of two infinities arises where nothing is infinite.
@@ -167,6 +168,9 @@ fn main(
     var maximum$r = LOWEST;
     var sum$r = 0.0;
     #end
+    // What waits for its turn: the scores of the tile in rows 1, and the weights of the tile before in rows 0.
+    var scores1 = first_scores1;
+    var weights0 = MatrixA();
     for (var first_tile = 0u; first_tile < end_tile; first_tile += UNROLL) {
         #for u in 0..UNROLL
         {
@@ -188,13 +192,11 @@ fn main(
                 #end
             }
 
-            #for r in 0..2
             #for i in 0..CHUNKS
-            let chunk$r_$i = scores[row_at + $ru * MATRIX_VECTORS + $iu * LANES];
+            let chunk0_$i = scores[row_at + $iu * LANES];
             #end
-            #end
+            let weights1 = coopLoadT<MatrixA>(&weights[matrix_at], SCORE_STRIDE);
             #for r in 0..2
-            let weights$r = coopLoadT<MatrixA>(&weights[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
             var next_scores$r = MatrixC();
             #end
             #for d in 0..DEPTH_MATRICES
@@ -209,21 +211,24 @@ fn main(
             o$r[$d] = coopMultiplyAdd(weights$r, values$d, o$r[$d]);
             #end
             #end
-
-            #for r in 0..2
-            var partial_sum$r = vec4<f32>(0.0);
+            var partial_sum0 = vec4<f32>(0.0);
             #for i in 0..CHUNKS
-            let weight$r_$i = exp2(fma(chunk$r_$i, vec4<f32>(params.scale), vec4<f32>(-maximum$r)));
-            partial_sum$r += weight$r_$i;
+            let weight0_$i = exp2(fma(chunk0_$i, vec4<f32>(params.scale), vec4<f32>(-maximum0)));
+            partial_sum0 += weight0_$i;
             #end
-            let largest$r = max(max(partial_sum$r.x, partial_sum$r.y), max(partial_sum$r.z, partial_sum$r.w));
+
+            // The rows change turns.
+            subgroupBarrier();
+            coopStoreT(scores1, &scores[matrix_at], SCORE_STRIDE);
+            #for i in 0..CHUNKS
+            weights[row_at + $iu * LANES] = pack_elem(weight0_$i);
             #end
             subgroupBarrier();
-            #for r in 0..2
             #for i in 0..CHUNKS
-            weights[row_at + $ru * MATRIX_VECTORS + $iu * LANES] = pack_elem(weight$r_$i);
+            let chunk1_$i = scores[row_at + $iu * LANES];
             #end
-            #end
+            weights0 = coopLoadT<MatrixA>(&weights[matrix_at], SCORE_STRIDE);
+            // Behind those loads: before the exchange the staging makes the kernel 11 % slower.
             #for s in 0..STAGES
             if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
                 #for h in 0..LOAD_VECTORS
@@ -236,6 +241,18 @@ fn main(
             next_key$s = k[key_at$s];
             value_at$s = min(value_at$s + BLOCK_N * row_loads, last_load);
             next_value$s = v[value_at$s];
+            #end
+            var partial_sum1 = vec4<f32>(0.0);
+            #for i in 0..CHUNKS
+            let weight1_$i = exp2(fma(chunk1_$i, vec4<f32>(params.scale), vec4<f32>(-maximum1)));
+            partial_sum1 += weight1_$i;
+            #end
+            subgroupBarrier();
+            #for i in 0..CHUNKS
+            weights[row_at + $iu * LANES] = pack_elem(weight1_$i);
+            #end
+            #for r in 0..2
+            let largest$r = max(max(partial_sum$r.x, partial_sum$r.y), max(partial_sum$r.z, partial_sum$r.w));
             #end
             // Not below LARGE, with NaN: that of one row must not hide the other's sum.
             if (takes_branch(first_key + BLOCK_N - 1u > first_row, !(max(largest0, largest1) <= LARGE))) {
@@ -268,21 +285,29 @@ fn main(
                     seen$r_$i,
                 );
                 partial_sum$r += again$r_$i;
-                weights[row_at + $ru * MATRIX_VECTORS + $iu * LANES] = pack_elem(again$r_$i);
                 #end
+                #end
+                #for i in 0..CHUNKS
+                weights[row_at + $iu * LANES] = pack_elem(again0_$i);
+                #end
+                subgroupBarrier();
+                weights0 = coopLoadT<MatrixA>(&weights[matrix_at], SCORE_STRIDE);
+                subgroupBarrier();
+                #for i in 0..CHUNKS
+                weights[row_at + $iu * LANES] = pack_elem(again1_$i);
                 #end
                 // Before the first tile there is nothing to rescale.
                 if (takes_branch(false, (rises0 || rises1) && tile > 0u)) {
                     #for r in 0..2
                     #for d in 0..DEPTH_MATRICES
                     subgroupBarrier();
-                    coopStoreT(o$r[$d], &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+                    coopStoreT(o$r[$d], &scores[matrix_at], SCORE_STRIDE);
                     subgroupBarrier();
                     for (var i = 0u; i < CHUNKS; i++) {
-                        scores[row_at + $ru * MATRIX_VECTORS + i * LANES] *= rescale$r;
+                        scores[row_at + i * LANES] *= rescale$r;
                     }
                     subgroupBarrier();
-                    o$r[$d] = coopLoadT<MatrixC>(&scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
+                    o$r[$d] = coopLoadT<MatrixC>(&scores[matrix_at], SCORE_STRIDE);
                     #end
                     #end
                     subgroupBarrier();
@@ -290,8 +315,9 @@ fn main(
             }
             #for r in 0..2
             sum$r += (partial_sum$r.x + partial_sum$r.y) + (partial_sum$r.z + partial_sum$r.w);
-            coopStoreT(next_scores$r, &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
             #end
+            coopStoreT(next_scores0, &scores[matrix_at], SCORE_STRIDE);
+            scores1 = next_scores1;
             workgroupBarrier();
         }
         #end
@@ -299,9 +325,7 @@ fn main(
 
     // The last tile's values.
     let last_buffer = (end_tile - 1u) % 2u * TILE_VECTORS;
-    #for r in 0..2
-    let weights$r = coopLoadT<MatrixA>(&weights[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-    #end
+    let weights1 = coopLoadT<MatrixA>(&weights[matrix_at], SCORE_STRIDE);
     #for d in 0..DEPTH_MATRICES
     let values$d = coopLoadT<MatrixB>(&tiles[last_buffer + VECTORS + $du * MATRIX_VECTORS], TILE_STRIDE);
     #for r in 0..2
@@ -318,18 +342,16 @@ fn main(
     }
     let factor$r = 1.0 / sum$r;
     #end
-    // A column of matrices of o at a time, where a tile's scores were.
+    // A matrix of o at a time, where a tile's scores were.
     #for d in 0..DEPTH_MATRICES
-    subgroupBarrier();
     #for r in 0..2
-    coopStoreT(o$r[$d], &scores[columns_at + $ru * MATRIX_VECTORS], SCORE_STRIDE);
-    #end
     subgroupBarrier();
-    #for r in 0..2
+    coopStoreT(o$r[$d], &scores[matrix_at], SCORE_STRIDE);
+    subgroupBarrier();
     if (query$r < params.tokens) {
         let at = (base + query$r * params.token_stride) * VECTORS + $du * MATRIX_VECTORS + lane;
         #for i in 0..CHUNKS
-        o[at + $iu * LANES] = pack_elem(scores[row_at + $ru * MATRIX_VECTORS + $iu * LANES] * factor$r);
+        o[at + $iu * LANES] = pack_elem(scores[row_at + $iu * LANES] * factor$r);
         #end
     }
     #end
