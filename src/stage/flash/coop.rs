@@ -22,11 +22,10 @@ const MAX_HEAD_DIM: usize = 128;
 /// Subgroups of a workgroup of `flash_forward_rows_coop`: of four, two or three workgroups share a multiprocessor of an
 /// H100.
 const ROWS_SUBGROUPS: usize = 4;
-/// Where it is faster than `flash_forward_coop` on an H100: up to this head_dim (96 takes 2.21 ms in place of 2.17 at 18,432
-/// tokens), from so many workgroups on (at head_dim 64: 256 take 0.122 ms in place of 0.100, 320 0.166 in place of 0.166,
-/// 384 0.206 in place of 0.230).
-const ROWS_HEAD_DIM: usize = 80;
-const ROWS_WORKGROUPS: usize = 384;
+/// Where it is faster than `flash_forward_coop` on an H100: up to a head_dim, from so many workgroups on. (Head_dim 64: 256
+/// take 0.122 ms in place of 0.100, 320 0.166 in place of 0.166, 384 0.206 in place of 0.230. 80: 448 take 0.362 in place of
+/// 0.337, 512 0.416 in place of 0.420. 96: 2.21 in place of 2.17 at 18,432 tokens.)
+const ROWS: [(usize, usize); 2] = [(64, 384), (80, 512)];
 /// Where `flash_backward_dkdv_columns_coop` is faster than `flash_backward_dkdv_coop` on an H100: up to this head_dim its
 /// registers hold what it keeps.
 const COLUMNS_HEAD_DIM: usize = 96;
@@ -165,8 +164,9 @@ pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
     let matrices = Matrices::new(caps, head_dim, element)?;
     let Matrices { size, vectors, subgroup, lanes, row_vectors, row_loads, depth, .. } = matrices;
     let (block_m, block_n, invocations) = (2 * size * ROWS_SUBGROUPS, size, ROWS_SUBGROUPS * subgroup);
+    let (_, least) = ROWS.into_iter().find(|(most, _)| head_dim <= *most)?;
     let workgroups = batch * heads * tokens.div_ceil(block_m);
-    if head_dim > ROWS_HEAD_DIM || workgroups < ROWS_WORKGROUPS || lanes > vectors || row_loads > invocations {
+    if workgroups < least || lanes > vectors || row_loads > invocations {
         return None;
     }
     fitting(
@@ -360,13 +360,15 @@ pub(super) mod tests {
         let of = |caps: &Caps, tokens, head_dim, element| {
             forward_of_rows(caps, &FlashShape { head_dim, ..shape(tokens, 8, element) })
         };
-        for head_dim in (16..=ROWS_HEAD_DIM).step_by(16) {
+        for head_dim in (16..=80).step_by(16) {
             // Two of them on a multiprocessor, or three where registers leave room for them.
-            let tile = of(&caps, 6_144, head_dim, Element::F16);
+            let tile = of(&caps, 8_192, head_dim, Element::F16);
             let most = if head_dim <= 48 { 16 << 10 } else { SHARED_BYTES };
             assert!(tile.is_some_and(|tile| tile.workgroup_bytes <= most), "{head_dim}");
         }
+        assert!(of(&caps, 6_144, 64, Element::F16).is_some());
         assert_eq!(of(&caps, 4_096, 64, Element::F16), None);
+        assert_eq!(of(&caps, 6_144, 80, Element::F16), None);
         assert_eq!(of(&caps, 18_432, 96, Element::F16), None);
         assert_eq!(of(&caps, 18_432, 64, Element::F32), None);
         // More lanes to a row of a matrix than it has vectors.
