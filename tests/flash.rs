@@ -202,10 +202,13 @@ fn a_backward_without_scratch_matches_the_reference() {
 #[test]
 fn a_backward_in_chunks_matches_the_reference() -> Result<()> {
     for (shape, budgets) in [
-        // A head of each group at a time, then whole groups; of both batch entries.
+        // Of few kv heads, workgroups that share a block of keys: in two chunks of queries, then in one; of both batch
+        // entries.
         (shape((2, 1290, 2, 1, 16), F16, TokensHeads), vec![5_000_000, 1 << 24]),
-        // A head at a time, all heads in two chunks of queries, everything.
-        (shape((1, 2100, 3, 1, 16), F16, HeadsTokens), vec![6_000_000, 8_000_000, 1 << 24]),
+        (shape((1, 2100, 3, 1, 16), F16, HeadsTokens), vec![4_000_000, 8_000_000, 1 << 24]),
+        // Of many, a head of each group at a time, then whole groups.
+        (shape((1, 768, 32, 16, 16), F16, HeadsTokens), vec![12_000_000, 1 << 26]),
+        // Some heads, then all; chunks of queries.
         (shape((1, 768, 64, 64, 16), F16, HeadsTokens), vec![24_000_000, 1 << 26]),
         (shape((1, 4400, 1, 1, 16), F16, HeadsTokens), vec![1 << 23, 3 << 22, 1 << 26]),
     ] {
@@ -236,12 +239,19 @@ fn a_backward_in_chunks_matches_the_reference() -> Result<()> {
 #[test]
 fn non_finite_inputs_pass_from_chunk_to_chunk() {
     for (tensor, value) in NON_FINITE {
-        // Chunks of queries; a head of the group at a time, of which the last or the first has them.
-        for (heads, at, bytes) in [(1, 0, 1_500_000), (2, 1, 3_000_000), (2, 0, 3_000_000)] {
-            let shape = shape((1, 1290, heads, 1, 16), F16, TokensHeads);
+        // Chunks of queries; parts of a group in chunks, of which the last or the first has them; a head of each group at a
+        // time likewise.
+        for (tokens, heads, kv_heads, at, bytes) in [
+            (1290, 1, 1, 0, 1_500_000),
+            (1290, 2, 1, 1, 3_000_000),
+            (1290, 2, 1, 0, 3_000_000),
+            (768, 32, 16, 1, 12_000_000),
+            (768, 32, 16, 0, 12_000_000),
+        ] {
+            let shape = shape((1, tokens, heads, kv_heads, 16), F16, TokensHeads);
             let mut values = uniform(&shape);
-            let (heads, head) = if [0, 3].contains(&tensor) { (heads, at) } else { (1, 0) };
-            for t in [45, 1000, 1029] {
+            let (heads, head) = if [0, 3].contains(&tensor) { (heads, at) } else { (kv_heads, 0) };
+            for t in [45, tokens - 290, tokens - 261] {
                 values[tensor][row(&shape, heads, (0, head, t)) + 5] = value;
             }
             check_with_scratch(&shape, &values, &[bytes]);

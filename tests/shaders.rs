@@ -77,12 +77,13 @@ fn layer(caps: &Caps, config: LighthouseConfig, shape: Shape) -> Result<Recordin
 }
 
 /// Attention by itself: its backward goes by heads and tokens.
-fn attention(caps: &Caps, element: Element, heads: usize, tokens: usize) -> Result<Recording> {
+fn attention(caps: &Caps, element: Element, (heads, kv_heads): (usize, usize), tokens: usize) -> Result<Recording> {
     let layout = Layout::HeadsTokens;
-    let shape = FlashShape { batch: 1, tokens, heads, kv_heads: heads, head_dim: 64, element, layout };
+    let shape = FlashShape { batch: 1, tokens, heads, kv_heads, head_dim: 64, element, layout };
     let mut recording = Recording::new(caps);
-    let mut external = |name: &str| recording.external(name, element, &shape.q());
-    let (qkv, d_o) = ([external("q")?, external("k")?, external("v")?], external("d_o")?);
+    let mut external = |name: &str, size: [usize; 4]| recording.external(name, element, &size);
+    let qkv = [external("q", shape.q())?, external("k", shape.kv())?, external("v", shape.kv())?];
+    let d_o = external("d_o", shape.q())?;
     let forward = flash::record_forward(&mut recording, &shape, qkv, None)?;
     flash::record_backward(&mut recording, &shape, qkv, &forward, d_o, None)?;
     Ok(recording)
@@ -125,8 +126,9 @@ fn recordings(caps: &Caps, head_dims: &[usize]) -> Result<Vec<Recording>> {
             let config = LighthouseConfig { levels, pooling, top_k: chunk, chunk };
             recordings.push(layer(caps, config, shape(64))?);
         }
-        recordings.push(attention(caps, element, 1, 8320)?);
-        recordings.push(attention(caps, element, 64, 1024)?);
+        for (heads, tokens) in [((1, 1), 8320), ((64, 64), 1024), ((8, 2), 1024)] {
+            recordings.push(attention(caps, element, heads, tokens)?);
+        }
         // In slices of tokens.
         let mut small = caps.clone();
         small.limits.max_storage_buffer_binding_size = 80 << 10 >> u32::from(element == Element::F16);

@@ -12,13 +12,16 @@
 //
 // DS_SCRATCH also writes d_scores for flash_backward_dq_from_ds_coop; then a dispatch may have some heads of each group
 // and the queries of some blocks only, and dk and dv go on in f32 from one to the next. These blocks, of DS_BLOCK tokens,
-// are one or more of BLOCK_N.
+// are one or more of BLOCK_N. Where the kv heads are too few to keep a device busy, PARTS workgroups share a block, each
+// with a part of the query heads of the group, and flash_backward_dkdv_sum adds what they give: `kv_heads` of the
+// parameters then counts each kv head PARTS times.
 //
 // What the mask excludes must not reach a gradient even as 0 * NaN: tiles that the mask crosses are staged with zero in
 // place of infinity and NaN. The weights of such a query are NaN by its lse, its d_scores by its delta; what dv lacks
 // of d_o then is added in the last step.
 
 #import shared/chunk_params
+#import shared/dkdv_carried
 #import shared/ds_scratch
 #import shared/grid
 #import shared/lacking
@@ -33,18 +36,14 @@
 @group(0) @binding(7) var<uniform> params: Params;
 #for once in 0..DS_SCRATCH
 @group(0) @binding(8) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and pair of blocks, see ds_pair
-@group(0) @binding(9) var<storage, read_write> carried: array<vec4<f32>>; // [kv_head_count, blocks, CARRIED]
+@group(0) @binding(9) var<storage, read_write> carried: array<vec4<f32>>; // see carried_block
 #end
 
 const LOG2_E: f32 = 1.4426950408889634;
-const SUBGROUPS: u32 = BLOCK_N / MATRIX;
 const WORKGROUP: u32 = SUBGROUPS * SUBGROUP;
 const LANES: u32 = SUBGROUP / MATRIX;
-const KEY_BLOCKS: u32 = DS_BLOCK / BLOCK_N;
 
 // Vectors of four elements. Rows in workgroup memory are two longer than their contents, against bank conflicts.
-const VECTORS: u32 = HEAD_DIM / 4u;
-const MATRIX_VECTORS: u32 = MATRIX / 4u;
 const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
 const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
 
@@ -61,10 +60,6 @@ const KEPT_EVEN: bool = KEPT_LOADS * SUBGROUP == MATRIX * KEPT_ROW_LOADS;
 const LOADS: u32 = VECTORS / LOAD_VECTORS;
 const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
-
-// dv and dk of a block between two dispatches: by subgroup and matrix, and last a vector that is as NON_FINITE.
-const MATRIX_SIZE: u32 = MATRIX * MATRIX_VECTORS;
-const CARRIED: u32 = 2u * SUBGROUPS * DEPTH_MATRICES * MATRIX_SIZE + 1u;
 
 // A subgroup's own part of scores, for two matrices.
 const EXCHANGE: u32 = 2u * SCORE_ROWS / SUBGROUPS;
@@ -87,18 +82,4 @@ fn kept_load(kv_base: u32, first_token: u32, half: u32, i: u32) -> u32 {
 fn row_load(batch: u32, head: u32, token: u32) -> u32 {
     let base = batch * params.tokens * params.heads + head * params.head_stride;
     return (base + min(token, params.tokens - 1u) * params.token_stride) * LOADS;
-}
-
-// The sum of all that is infinite or NaN in a column of d_o, over queries `first` to before `end` of a kv head's group.
-fn non_finite_d_o(batch_head: vec2<u32>, first: u32, end: u32, column: u32) -> vec4<f32> {
-    var sum = vec4<f32>(0.0);
-    let group_size = params.heads / params.kv_heads;
-    for (var head = batch_head.y * group_size; head < (batch_head.y + 1u) * group_size; head++) {
-        let base = batch_head.x * params.tokens * params.heads + head * params.head_stride;
-        for (var query = first; query < end; query++) {
-            let load = d_o[(base + query * params.token_stride) * LOADS + column / LOAD_VECTORS];
-            sum += unpack_elem(vector_of_load(load ^ finite_load(load), column % LOAD_VECTORS));
-        }
-    }
-    return sum;
 }

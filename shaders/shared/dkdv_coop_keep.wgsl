@@ -17,7 +17,7 @@
     let first_key = block * BLOCK_N;
     // The first of the queries that see the block.
     let first_row = max(block / KEY_BLOCKS, params.first_block) * DS_BLOCK;
-    let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
+    let kv_base = batch * params.tokens * (params.kv_heads / PARTS) + kv_head / PARTS * params.kv_head_stride;
     let last_token = params.tokens - 1u;
     let tiles = (min(params.end_block * DS_BLOCK, params.tokens) - first_row + MATRIX - 1u) / MATRIX;
     let row_loads = params.token_stride * LOADS;
@@ -99,9 +99,9 @@
     workgroupBarrier();
     var non_finite_before = vec4<f32>(0.0);
     #for once in 0..DS_SCRATCH
-    let carried_block = kv_head_index * ((params.tokens + DS_BLOCK - 1u) / DS_BLOCK * KEY_BLOCKS) + block;
-    let carried_at = carried_block * CARRIED + subgroup * 2u * DEPTH_MATRICES * MATRIX_SIZE;
-    let carried_flag = carried_block * CARRIED + CARRIED - 1u;
+    let carried_first = carried_block(kv_head_index, block);
+    let carried_at = carried_first + subgroup * SUBGROUP_CARRIED;
+    let carried_flag = carried_first + CARRIED - 1u;
     if (params.first_member > 0u || block / KEY_BLOCKS < params.first_block) {
         #for r in 0..2
         #for d in 0..DEPTH_MATRICES

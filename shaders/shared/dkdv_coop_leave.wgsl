@@ -1,8 +1,10 @@
 // The end of `main` of the kernels of shared/dkdv_coop: dk and dv go to memory.
 
     #for once in 0..DS_SCRATCH
-    // Later queries see the block too, or more heads of the group.
-    if (params.first_member + params.members < group_size || params.end_block * DS_BLOCK < params.tokens) {
+    // Later queries see the block too, or more heads of the group, or others have parts of it.
+    if (
+        params.first_member + params.members < group_size || params.end_block * DS_BLOCK < params.tokens || PARTS > 1u
+    ) {
         #for r in 0..2
         #for d in 0..DEPTH_MATRICES
         coopStoreT(

@@ -193,20 +193,21 @@ pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
     )
 }
 
-/// The tile of `flash_backward_dkdv_coop` or `flash_backward_dkdv_columns_coop`, which also writes d_scores if `scratch`.
-pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, scratch: bool) -> Option<Tile> {
+/// The tile of `flash_backward_dkdv_coop` or `flash_backward_dkdv_columns_coop`. With `parts` it also writes d_scores, and
+/// so many workgroups share a block.
+pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, parts: Option<usize>) -> Option<Tile> {
     let matrices = Matrices::new(caps, head_dim, element)?;
     if head_dim > COLUMNS_HEAD_DIM {
-        return fitting(caps, dkdv_tile(&matrices, SUBGROUPS, false, scratch));
+        return fitting(caps, dkdv_tile(&matrices, SUBGROUPS, false, parts));
     }
-    let shared = dkdv_tile(&matrices, SUBGROUPS / 2, true, scratch);
+    let shared = dkdv_tile(&matrices, SUBGROUPS / 2, true, parts);
     if shared.workgroup_bytes <= SHARED_BYTES && matrices.row_loads <= shared.invocations {
         return fitting(caps, shared);
     }
-    fitting(caps, dkdv_tile(&matrices, SUBGROUPS, true, scratch))
+    fitting(caps, dkdv_tile(&matrices, SUBGROUPS, true, parts))
 }
 
-fn dkdv_tile(matrices: &Matrices, subgroups: usize, columns: bool, scratch: bool) -> Tile {
+fn dkdv_tile(matrices: &Matrices, subgroups: usize, columns: bool, parts: Option<usize>) -> Tile {
     let Matrices { size, vectors, subgroup, row_vectors, row_loads, depth, .. } = *matrices;
     let (block_m, block_n, invocations) = (size, subgroups * size, subgroups * subgroup);
     let (first, second) = (depth.div_ceil(2), depth / 2);
@@ -223,8 +224,9 @@ fn dkdv_tile(matrices: &Matrices, subgroups: usize, columns: bool, scratch: bool
         ("STAGES", block_m.div_ceil((invocations / row_loads).max(1))),
         ("KEPT_MATRICES", first),
         ("KEPT_LOADS", matrices.kept_loads(first)),
-        ("DS_SCRATCH", usize::from(scratch)),
+        ("DS_SCRATCH", usize::from(parts.is_some())),
         ("DS_BLOCK", ds_block(size)),
+        ("PARTS", parts.unwrap_or(1)),
     ];
     if columns {
         // Two tiles ahead: 2 to 4 % over one at head_dim 64, where registers are left.
@@ -318,6 +320,17 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
     )
 }
 
+/// The tile of `flash_backward_dkdv_sum`, which adds the parts of `dkdv`.
+pub(super) fn dkdv_sum(dkdv: &Tile, matrices: &Matrices, parts: usize) -> Tile {
+    Tile {
+        shader: "attention/flash_backward_dkdv_sum",
+        constants: vec![("DEPTH_MATRICES", matrices.depth), ("DS_BLOCK", ds_block(matrices.size)), ("PARTS", parts)],
+        invocations: 256,
+        workgroup_bytes: 0,
+        ..dkdv.clone()
+    }
+}
+
 /// The tile of `flash_backward_dq_sum`, which adds the parts of `dq`.
 pub(super) fn dq_sum(dq: &Tile) -> Tile {
     Tile {
@@ -379,8 +392,8 @@ pub(super) mod tests {
     #[test]
     fn dkdv_shares_a_multiprocessor_where_it_can() {
         let caps = caps();
-        for scratch in [false, true] {
-            let of = |head_dim| dkdv(&caps, head_dim, Element::F16, scratch);
+        for parts in [None, Some(1), Some(4)] {
+            let of = |head_dim| dkdv(&caps, head_dim, Element::F16, parts);
             for head_dim in (16..=64).step_by(16) {
                 let shared = |tile: Tile| tile.invocations == 128 && tile.workgroup_bytes <= SHARED_BYTES;
                 assert!(of(head_dim).is_some_and(shared), "{head_dim}");
@@ -398,12 +411,12 @@ pub(super) mod tests {
         let caps = caps();
         for (head_dim, element) in [(128, Element::F32), (24, Element::F16), (144, Element::F16)] {
             assert_eq!(forward(&caps, head_dim, element), None);
-            assert_eq!(dkdv(&caps, head_dim, element, false), None);
+            assert_eq!(dkdv(&caps, head_dim, element, None), None);
             assert_eq!(dq(&caps, head_dim, element), None);
         }
         for head_dim in (16..=MAX_HEAD_DIM).step_by(16) {
             assert!(forward(&caps, head_dim, Element::F16).is_some(), "{head_dim}");
-            assert!(dkdv(&caps, head_dim, Element::F16, true).is_some(), "{head_dim}");
+            assert!(dkdv(&caps, head_dim, Element::F16, Some(1)).is_some(), "{head_dim}");
             assert!(dq(&caps, head_dim, Element::F16).is_some(), "{head_dim}");
         }
         // A device whose subgroups have no one size has no matrices for the kernels.

@@ -56,7 +56,7 @@ impl TileParams {
         ChunkParams {
             tokens: self.tokens,
             heads: self.heads,
-            kv_heads: self.kv_heads,
+            kv_heads: self.kv_heads * heads.parts as u32,
             token_stride: self.token_stride,
             head_stride: self.head_stride,
             kv_token_stride: self.kv_token_stride,
@@ -259,7 +259,7 @@ impl FlashShape {
         let ds_block = coop::ds_block(size);
         let chunk = scratch::Chunk { blocks: 0..self.tokens.div_ceil(ds_block), dq_parts: 1 };
         command.dispatch_parts(caps, self.batch, kernel, |batch| {
-            let heads = scratch::Heads { kv_heads: 0..batch * self.kv_heads, members: 0..group };
+            let heads = scratch::Heads { kv_heads: 0..batch * self.kv_heads, members: 0..group, parts: 1 };
             let blocks = chunk.blocks.end * (ds_block / tile.block_n);
             let parts = self.parts(caps, self.scale(), (1, blocks, heads.kv_heads.len()), work)?;
             Ok(parts.into_iter().map(|(params, grid, work)| (params.of_chunk(&heads, &chunk), grid, work)).collect())
@@ -274,33 +274,42 @@ impl FlashShape {
         plan: &scratch::BackwardWithScratch,
         mut command: Command,
     ) -> Result<Command> {
-        let [dkdv, dq, dq_sum] = [&plan.dkdv, &plan.dq, &plan.dq_sum].map(|tile| self.kernel(caps, tile));
+        let tiles = [&plan.dkdv, &plan.dkdv_sum, &plan.dq, &plan.dq_sum];
+        let [dkdv, dkdv_sum, dq, dq_sum] = tiles.map(|tile| self.kernel(caps, tile));
+        let add = |mut command: Command,
+                   kernel: &Kernel,
+                   (heads, chunk): (&scratch::Heads, &scratch::Chunk),
+                   (blocks, heads_at_once): (usize, usize),
+                   work: &dyn Fn(usize) -> u64| {
+            for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads_at_once), work)? {
+                command = command.dispatch(kernel.clone(), params.of_chunk(heads, chunk), grid, work);
+            }
+            Result::Ok(command)
+        };
+        let key_blocks = plan.dq.block_n / plan.dkdv.block_n;
         for heads in plan.heads(self) {
             let query_heads = heads.kv_heads.len() * heads.members.len();
             for chunk in &plan.chunks {
-                let add = |mut command: Command,
-                           kernel: &Kernel,
-                           (blocks, heads_at_once): (usize, usize),
-                           work: &dyn Fn(usize) -> u64| {
-                    for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads_at_once), work)? {
-                        command = command.dispatch(kernel.clone(), params.of_chunk(&heads, chunk), grid, work);
-                    }
-                    Result::Ok(command)
-                };
                 let queries = chunk.queries(plan.dq.block_n, self.tokens);
-                let work = |block| self.dkdv_work(&plan.dkdv, block, queries.clone(), heads.members.len());
-                let blocks = chunk.blocks.end * (plan.dq.block_n / plan.dkdv.block_n);
-                command = add(command, &dkdv, (blocks, heads.kv_heads.len()), &work)?;
+                let in_parts = heads.in_parts(plan.dkdv_parts);
+                let work = |block| self.dkdv_work(&plan.dkdv, block, queries.clone(), in_parts.members.len());
+                let units = (chunk.blocks.end * key_blocks, in_parts.kv_heads.len());
+                command = add(command, &dkdv, (&in_parts, chunk), units, &work)?;
 
                 let (parts, end) = (chunk.dq_parts, queries.end.div_ceil(plan.dq.block_m));
                 let work = |unit| self.product_work(&plan.dq, end - 1 - unit / parts).div_ceil(parts as u64);
                 let blocks = end - queries.start / plan.dq.block_m;
-                command = add(command, &dq, (blocks * parts, query_heads), &work)?;
+                command = add(command, &dq, (&heads, chunk), (blocks * parts, query_heads), &work)?;
                 if parts > 1 {
                     let work = |_| (coop::SUM_ROWS * self.head_dim * parts) as u64;
                     let blocks = queries.len().div_ceil(coop::SUM_ROWS);
-                    command = add(command, &dq_sum, (blocks, query_heads), &work)?;
+                    command = add(command, &dq_sum, (&heads, chunk), (blocks, query_heads), &work)?;
                 }
+            }
+            if let (Some(last), true) = (plan.chunks.last(), plan.dkdv_parts > 1) {
+                let work = |_| (2 * plan.dkdv.block_m * 2 * self.head_dim * plan.dkdv_parts) as u64;
+                let rows = last.blocks.end * plan.dq.block_n / plan.dkdv.block_m;
+                command = add(command, &dkdv_sum, (&heads, last), (rows, heads.kv_heads.len()), &work)?;
             }
         }
         Ok(command)
@@ -493,8 +502,9 @@ mod tests {
                 let shape = FlashShape { batch: 1, tokens: 1, heads: 1, kv_heads: 1, head_dim, element, layout };
                 let plan = plan(caps, head_dim, element)?;
                 let products = [2, 4].map(|row_parts| coop::dq_from_ds(caps, head_dim, element, row_parts));
-                let with_scratch = scratch::backward_with_scratch(caps, &shape)
-                    .map(|plan| [plan.dkdv, plan.dq_sum].into_iter().chain(products.into_iter().flatten()));
+                let with_scratch = scratch::backward_with_scratch(caps, &shape).map(|plan| {
+                    [plan.dkdv, plan.dkdv_sum, plan.dq_sum].into_iter().chain(products.into_iter().flatten())
+                });
                 for tile in [plan.forward, plan.dkdv, plan.dq].into_iter().chain(with_scratch.into_iter().flatten()) {
                     let case = format!("{}, {}, head_dim {head_dim}, {element}", tile.shader, caps.tier);
                     let reflection = reflect(tile.shader, &parse(tile.shader, &shape.kernel(caps, &tile).compose()?)?)?;

@@ -63,7 +63,7 @@ pub fn plan(caps: &Caps, head_dim: usize, element: Element) -> Result<TilePlan> 
     };
     Ok(TilePlan {
         forward: choose(FORWARD, coop::forward(caps, head_dim, element), block_m)?,
-        dkdv: choose("attention/flash_backward_dkdv", coop::dkdv(caps, head_dim, element, false), block_n)?,
+        dkdv: choose("attention/flash_backward_dkdv", coop::dkdv(caps, head_dim, element, None), block_n)?,
         dq: choose("attention/flash_backward_dq", coop::dq(caps, head_dim, element), block_m)?,
     })
 }

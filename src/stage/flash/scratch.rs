@@ -6,7 +6,7 @@ use std::collections::BinaryHeap;
 use std::ops::Range;
 
 use super::FlashShape;
-use super::coop::{Matrices, dkdv, dq_from_ds, dq_sum};
+use super::coop::{Matrices, dkdv, dkdv_sum, dq_from_ds, dq_sum};
 use super::plan::Tile;
 use crate::gpu::Caps;
 use crate::tensor::Element;
@@ -26,23 +26,40 @@ const SCRATCH_BINDINGS: u32 = 9;
 const PROCESSORS: usize = 132;
 /// Beginning and end of one.
 const START: f64 = 3.0;
-/// Reading or writing its dk and dv between dispatches.
+/// Reading or writing its dk and dv between dispatches, and reading them for `flash_backward_dkdv_sum`.
 const CARRY: f64 = 0.25;
 /// A pair in `flash_backward_dq_from_ds_coop`, and a workgroup of several that share a block.
 const DQ: f64 = 0.3;
 const DQ_PART: f64 = 4.0;
 /// A pair in `flash_backward_dq_coop`.
 const DQ_RECOMPUTED: f64 = 0.9;
+/// Workgroups share a block of keys where that is predicted to take at most this share of the time: what it costs is
+/// calculated, not measured.
+const PARTS_GAIN: f64 = 0.9;
 /// The dispatches of a chunk, one after the other.
 const LAUNCH: f64 = 2.0;
 
 /// Heads that the backward with scratch memory takes at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Heads {
-    /// Counted over the batch.
+    /// Counted over the batch, each `parts` times.
     pub kv_heads: Range<usize>,
-    /// Query heads of the group of each.
+    /// Query heads of the group of each, or of the part of it.
     pub members: Range<usize>,
+    /// Parts of a group.
+    pub parts: usize,
+}
+
+impl Heads {
+    /// Kv heads that are counted once, with their groups in so many parts.
+    pub fn in_parts(&self, parts: usize) -> Self {
+        let Self { kv_heads, members, .. } = self;
+        Self {
+            kv_heads: kv_heads.start * parts..kv_heads.end * parts,
+            members: members.start / parts..members.end / parts,
+            parts,
+        }
+    }
 }
 
 /// Queries that it takes at a time.
@@ -92,6 +109,10 @@ fn chunks(blocks: usize, count: usize, heads: usize) -> Vec<Chunk> {
 pub(super) struct BackwardWithScratch {
     /// Writes d_scores.
     pub dkdv: Tile,
+    /// Workgroups of it that share a block of keys: each takes some query heads of the group.
+    pub dkdv_parts: usize,
+    /// Adds what they give.
+    pub dkdv_sum: Tile,
     /// Reads them.
     pub dq: Tile,
     /// Adds what workgroups of it that share a block of queries give.
@@ -118,7 +139,7 @@ impl BackwardWithScratch {
             (0..count).step_by(at_once).map(move |first| first..(first + at_once).min(count))
         };
         let of_group = |kv_heads: Range<usize>| {
-            parts(group, self.members).map(move |members| Heads { kv_heads: kv_heads.clone(), members })
+            parts(group, self.members).map(move |members| Heads { kv_heads: kv_heads.clone(), members, parts: 1 })
         };
         parts(kv_heads, self.kv_heads).flat_map(of_group).collect()
     }
@@ -144,7 +165,14 @@ impl BackwardWithScratch {
             let dq = DQ * (heads * chunk.pairs()) as f64 + DQ_PART * parts as f64;
             self.dkdv_time(shape, members, chunk) + dq / processors + LAUNCH
         };
-        let of_heads = |heads: &Heads| self.chunks.iter().map(|chunk| of_chunk(&heads.members, chunk)).sum::<f64>();
+        let blocks = self.chunks.last().map_or(0, |chunk| chunk.blocks.end);
+        let dkdv_sum = if self.dkdv_parts > 1 {
+            CARRY * (self.kv_heads * self.dkdv_parts * blocks) as f64 / processors + LAUNCH
+        } else {
+            0.0
+        };
+        let of_heads =
+            |heads: &Heads| self.chunks.iter().map(|chunk| of_chunk(&heads.members, chunk)).sum::<f64>() + dkdv_sum;
         let heads = self.heads(shape);
         let group = heads.iter().take_while(|heads| heads.kv_heads.start == 0);
         let rounds = (shape.batch * shape.kv_heads).div_ceil(self.kv_heads);
@@ -154,17 +182,19 @@ impl BackwardWithScratch {
     /// The part of `dkdv` in that: each multiprocessor takes the next workgroup when it has done one.
     fn dkdv_time(&self, shape: &FlashShape, members: &Range<usize>, chunk: &Chunk) -> f64 {
         let Range { start, end } = chunk.blocks;
-        let cost = |queries: usize, carried: f64| (self.members * queries) as f64 + START + CARRY * carried;
-        let last = shape.tokens <= end * self.dq.block_n && members.end == shape.heads / shape.kv_heads;
+        let (kv_heads, members_of_part) = (self.kv_heads * self.dkdv_parts, self.members / self.dkdv_parts);
+        let cost = |queries: usize, carried: f64| (members_of_part * queries) as f64 + START + CARRY * carried;
+        let of_all = shape.tokens <= end * self.dq.block_n && members.end == shape.heads / shape.kv_heads;
+        let last = of_all && self.dkdv_parts == 1;
         let (read, written) = (f64::from(members.start > 0), f64::from(!last));
         let carried = read + written;
         // Workgroups for keys before the chunk have equal work.
-        let (equal, of_equal) = (self.kv_heads * start, cost(end - start, 1.0 + written));
+        let (equal, of_equal) = (kv_heads * start, cost(end - start, 1.0 + written));
         let busy = |i: usize| (equal / PROCESSORS + usize::from(i < equal % PROCESSORS)) as f64 * of_equal;
         let mut free: BinaryHeap<Reverse<u64>> = (0..PROCESSORS).map(|i| Reverse(ticks(busy(i)))).collect();
         let mut time = ticks(busy(0));
         for queries in (1..=end - start).rev() {
-            for _ in 0..self.kv_heads {
+            for _ in 0..kv_heads {
                 if let Some(mut first) = free.peek_mut() {
                     first.0 += ticks(cost(queries, carried));
                     time = time.max(first.0);
@@ -186,11 +216,13 @@ fn ticks(time: f64) -> u64 {
 /// Where nothing fits, or only what is slower, the backward computes scores twice, with seven products.
 pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<BackwardWithScratch> {
     let FlashShape { batch, tokens, heads, head_dim, element, .. } = *shape;
-    let dkdv = dkdv(caps, head_dim, element, true)?;
+    let matrices = Matrices::new(caps, head_dim, element)?;
+    let dkdv_tile = |parts| dkdv(caps, head_dim, element, Some(parts));
+    let block_n = dkdv_tile(1)?.block_n;
     // The kernel has bindings more than the others; slices of the batch are not for it.
     let limits = &caps.limits;
     let largest = batch as u64 * tokens as u64 * heads as u64 * head_dim as u64 * element.bytes();
-    let fits = Matrices::new(caps, head_dim, element)?.lanes_have_16_bytes()
+    let fits = matrices.lanes_have_16_bytes()
         && limits.max_storage_buffers_per_shader_stage >= SCRATCH_BINDINGS
         && largest <= limits.max_storage_buffer_binding_size;
     if !fits {
@@ -200,7 +232,8 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
     let (kv_heads, group) = (batch * shape.kv_heads, heads / shape.kv_heads);
     let block = dq.block_n;
     let blocks = tokens.div_ceil(block);
-    let with = |(at_once, members): (usize, usize), count: usize| {
+    let with = |(at_once, members, dkdv_parts): (usize, usize, usize), count: usize| {
+        let dkdv = dkdv_tile(dkdv_parts)?;
         let chunks = chunks(blocks, count, at_once * members);
         let of_heads = at_once * members * block;
         let largest = chunks.iter().map(Chunk::pairs).max().unwrap_or(0);
@@ -208,14 +241,16 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
         let few = chunks.iter().all(|chunk| at_once * members * workgroups(chunk) < DQ_WORKGROUPS);
         let dq = if few { &dq_of_few } else { &dq };
         let partial = chunks.iter().filter(|chunk| chunk.dq_parts > 1).map(workgroups).max().unwrap_or(0);
-        let key_blocks = blocks * (block / dkdv.block_n);
-        let carried = if chunks.len() > 1 || members < group {
-            at_once * key_blocks * (2 * dkdv.block_n * head_dim + 4)
+        let key_blocks = blocks * (block / block_n);
+        let carried = if chunks.len() > 1 || members < group || dkdv_parts > 1 {
+            at_once * dkdv_parts * key_blocks * (2 * block_n * head_dim + 4)
         } else {
             0
         };
-        BackwardWithScratch {
-            dkdv: dkdv.clone(),
+        Some(BackwardWithScratch {
+            dkdv_sum: dkdv_sum(&dkdv, &matrices, dkdv_parts),
+            dkdv,
+            dkdv_parts,
             dq: dq.clone(),
             dq_sum: dq_sum(dq),
             kv_heads: at_once,
@@ -225,23 +260,29 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
             carried_len: carried.max(4),
             partial_len: (of_heads * head_dim * partial).max(4),
             chunks,
-        }
+        })
     };
     // Of each number of heads the fewest chunks; kv heads in equal numbers as far as they divide.
     let equal = (1..=kv_heads).filter(|&at_once| kv_heads.div_ceil(kv_heads.div_ceil(at_once)) == at_once);
-    let divisors = |at_once: usize| (1..=group).filter(move |&n| group % n == 0).map(move |members| (at_once, members));
-    let candidates = equal.flat_map(divisors);
-    let fewest = |heads: (usize, usize)| {
+    let divisors = move || (1..=group).filter(move |n| group.is_multiple_of(*n));
+    let candidates = equal.flat_map(|at_once| {
+        let some_of_group = divisors().map(move |members| (at_once, members, 1));
+        some_of_group.chain(divisors().skip(1).map(move |parts| (at_once, group, parts)))
+    });
+    let fewest = |heads: (usize, usize, usize)| {
         let pairs = (heads.0 * heads.1 * pairs_before(blocks)) as u64;
         let bytes = Element::F16.bytes() * pairs * (block * block) as u64;
         let least = bytes / caps.scratch_bytes.max(1);
-        (least.max(1)..=blocks as u64).map(|count| with(heads, count as usize)).find(|plan| plan.fits(caps))
+        (least.max(1)..=blocks as u64).filter_map(|count| with(heads, count as usize)).find(|plan| plan.fits(caps))
     };
     let plans = candidates.filter_map(fewest);
-    let plans: Vec<(f64, BackwardWithScratch)> = plans.map(|plan| (plan.time(shape), plan)).collect();
+    let mut plans: Vec<(f64, BackwardWithScratch)> = plans.map(|plan| (plan.time(shape), plan)).collect();
+    let of_whole_groups = plans.iter().filter(|(_, plan)| plan.dkdv_parts == 1).map(|(time, _)| *time);
+    let without_parts = of_whole_groups.min_by(f64::total_cmp).unwrap_or(f64::INFINITY);
+    plans.retain(|(time, plan)| plan.dkdv_parts == 1 || *time < PARTS_GAIN * without_parts);
     let fastest = plans.iter().map(|(time, _)| *time).min_by(f64::total_cmp)?;
     let everything = Chunk { blocks: 0..blocks, dq_parts: 1 };
-    let whole = with((kv_heads, group), 1);
+    let whole = with((kv_heads, group, 1), 1)?;
     let products = (batch * heads * everything.pairs()) as f64 / PROCESSORS as f64;
     let recomputed =
         whole.dkdv_time(shape, &(0..group), &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
@@ -258,9 +299,11 @@ mod tests {
     use super::super::coop::tests::{caps, shape};
     use super::*;
 
-    /// Kv heads, query heads of their groups and chunks of queries of the backward with scratch memory.
-    fn at_once(caps: &Caps, shape: &FlashShape) -> Option<(usize, usize, usize)> {
-        backward_with_scratch(caps, shape).map(|plan| (plan.kv_heads, plan.members, plan.chunks.len()))
+    /// Kv heads, query heads of their groups, workgroups that share a block of keys and chunks of queries of the backward
+    /// with scratch memory.
+    fn at_once(caps: &Caps, shape: &FlashShape) -> Option<(usize, usize, usize, usize)> {
+        let plan = backward_with_scratch(caps, shape)?;
+        Some((plan.kv_heads, plan.members, plan.dkdv_parts, plan.chunks.len()))
     }
 
     #[test]
@@ -300,15 +343,20 @@ mod tests {
         let of = |batch, tokens, heads, kv_heads| {
             at_once(&caps, &FlashShape { batch, heads, ..shape(tokens, kv_heads, Element::F16) })
         };
-        assert_eq!(of(1, 4_096, 8, 8), Some((8, 1, 1)));
-        assert_eq!(of(1, 18_432, 8, 8), Some((4, 1, 1)));
-        assert_eq!(of(1, 32_768, 8, 8), Some((1, 1, 1)));
-        assert_eq!(of(1, 98_304, 8, 8), Some((2, 1, 11)));
+        assert_eq!(of(1, 4_096, 8, 8), Some((8, 1, 1, 1)));
+        assert_eq!(of(1, 18_432, 8, 8), Some((4, 1, 1, 1)));
+        assert_eq!(of(1, 32_768, 8, 8), Some((1, 1, 1, 1)));
+        assert_eq!(of(1, 98_304, 8, 8), Some((2, 1, 1, 11)));
         // Heads of all batch entries at a time.
-        assert_eq!(of(8, 1_024, 16, 16), Some((128, 1, 1)));
+        assert_eq!(of(8, 1_024, 16, 16), Some((128, 1, 1, 1)));
         // With whole groups the workgroup of the first keys would have too much.
-        assert_eq!(of(1, 18_432, 8, 2), Some((2, 2, 1)));
-        assert_eq!(of(1, 8_192, 32, 4), Some((4, 4, 1)));
+        assert_eq!(of(1, 18_432, 8, 2), Some((2, 2, 1, 1)));
+        assert_eq!(of(1, 8_192, 32, 4), Some((4, 4, 1, 1)));
+        // Fewer blocks of keys than multiprocessors.
+        assert_eq!(of(1, 4_096, 8, 2), Some((2, 4, 4, 1)));
+        assert_eq!(of(1, 4_096, 12, 2), Some((2, 6, 6, 1)));
+        assert_eq!(of(1, 18_432, 8, 1), Some((1, 8, 4, 2)));
+        assert_eq!(of(4, 4_096, 12, 2), Some((8, 6, 1, 1)));
         // No matrices of f32.
         assert_eq!(at_once(&caps, &shape(4_096, 8, Element::F32)), None);
         assert_eq!(at_once(&Caps { scratch_bytes: 0, ..caps.clone() }, &shape(64, 8, Element::F16)), None);
