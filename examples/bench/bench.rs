@@ -15,7 +15,11 @@ use crate::stats::{Budget, Timing};
 /// Default sizes for a kind of device.
 #[derive(Clone, Debug)]
 pub struct Sizes {
+    /// Sequences of attention by itself.
+    pub batch: usize,
     pub heads: usize,
+    /// Key/value heads of attention by itself, by default `heads`.
+    pub kv_heads: Option<usize>,
     pub head_dim: usize,
     /// Bytes of the buffer that is copied to measure the bandwidth.
     pub copied: u64,
@@ -35,7 +39,9 @@ impl Sizes {
     pub fn of(kind: Kind) -> Self {
         match kind {
             Kind::Discrete => Self {
+                batch: 1,
                 heads: 8,
+                kv_heads: None,
                 head_dim: 128,
                 copied: 1 << 30,
                 attention: vec![4096, 18_432, 32_768],
@@ -47,7 +53,9 @@ impl Sizes {
                 warmup: 2.5,
             },
             Kind::Small => Self {
+                batch: 1,
                 heads: 8,
+                kv_heads: None,
                 head_dim: 128,
                 copied: 1 << 28,
                 attention: vec![2048, 4096],
@@ -59,7 +67,9 @@ impl Sizes {
                 warmup: 2.5,
             },
             Kind::Software => Self {
+                batch: 1,
                 heads: 2,
+                kv_heads: None,
                 head_dim: 64,
                 copied: 1 << 27,
                 attention: vec![512, 1024],
@@ -85,7 +95,9 @@ impl Sizes {
                 list(&self.stages)
             ),
         };
-        format!("{} heads of {}; {tokens}", self.heads, self.head_dim)
+        let batch = if self.batch == 1 { String::new() } else { format!("batch {}, ", self.batch) };
+        let kv_heads = self.kv_heads.map(|kv_heads| format!(" and {kv_heads} kv heads")).unwrap_or_default();
+        format!("{batch}{} heads{kv_heads} of {}; {tokens}", self.heads, self.head_dim)
     }
 }
 
@@ -136,7 +148,7 @@ impl Bench {
 
     /// Runs attention until the time is over, and takes its rate for the first predictions.
     fn warm_up(&mut self, element: Element, time: Duration) -> Result<()> {
-        let Sizes { heads, head_dim, warm_tokens, .. } = self.sizes;
+        let Sizes { batch, heads, head_dim, warm_tokens, .. } = self.sizes;
         let Passes { mut runner, ranges } = attention::passes(self, warm_tokens, element)?;
         // Drivers that compile at the first dispatch would spoil the first rate.
         runner.time(ranges[1].0.clone(), Clock::Wall)?;
@@ -144,7 +156,7 @@ impl Bench {
         loop {
             for (pass, (range, _)) in [FORWARD, BOTH].into_iter().zip(&ranges) {
                 let milliseconds = runner.time(range.clone(), Clock::Wall)?;
-                let flops = attention::flops(pass, warm_tokens, heads, head_dim);
+                let flops = attention::flops(pass, warm_tokens, batch.saturating_mul(heads), head_dim);
                 self.learn(pass, element, Some(flops as f64 / (milliseconds * 1e-3)));
             }
             if start.elapsed() >= time {

@@ -43,6 +43,12 @@ struct Args {
     /// Heads in place of the default number
     #[arg(long)]
     heads: Option<usize>,
+    /// Sequences at a time, of `attention` alone [default: 1]
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Key/value heads, of `attention` alone [default: as many as heads]
+    #[arg(long)]
+    kv_heads: Option<usize>,
     /// Head dimension in place of the default
     #[arg(long)]
     head_dim: Option<usize>,
@@ -98,6 +104,11 @@ fn run(args: Args) -> Result<()> {
     if args.svg.is_some() && !groups.iter().any(|group| group.name == "layer") {
         return Err("--svg draws the rows of `layer`, which were not asked for".into());
     }
+    for (option, given) in [("batch", args.batch.is_some()), ("kv-heads", args.kv_heads.is_some())] {
+        if given && groups.iter().any(|group| group.name != "attention") {
+            return Err(format!("--{option} is for `attention` alone: ask for that group only").into());
+        }
+    }
     let baseline = args.baseline.as_deref().map(Report::read).transpose()?;
     // Opened before the measuring, so that a path that cannot be written costs nothing.
     let json = args.json.map(create).transpose()?;
@@ -105,7 +116,9 @@ fn run(args: Args) -> Result<()> {
 
     let device = Device::open(&args.backend)?;
     let mut sizes = Sizes::of(device.kind());
+    sizes.batch = args.batch.unwrap_or(sizes.batch);
     sizes.heads = args.heads.unwrap_or(sizes.heads);
+    sizes.kv_heads = args.kv_heads;
     sizes.head_dim = args.head_dim.unwrap_or(sizes.head_dim);
     let warmup = args.warmup.unwrap_or(sizes.warmup);
     println!("{}", device.name());

@@ -61,6 +61,9 @@ pub struct Row {
     pub floor_ms: Option<f64>,
 }
 
+/// Sizes that a row has only where they are not as usual: one sequence, as many kv heads as heads.
+pub const UNUSUAL: [&str; 2] = ["batch", "kv_heads"];
+
 impl Row {
     /// A row that is still to be measured.
     pub fn new(name: &str, pass: &str, element: Element, shape: &[(&str, usize)]) -> Self {
@@ -103,16 +106,19 @@ impl Row {
         self.pass == row.pass
             && self.element == row.element
             && self.shape.iter().all(|(name, value)| row.shape.get(name) == Some(value))
+            && UNUSUAL.iter().all(|name| self.size(name) == row.size(name))
     }
 
-    /// The sizes in words: `N 98,304 8x128 f16 L3 p4 k1536 S 18,432`.
+    /// The sizes in words: `N 98,304 8x128 f16 L3 p4 k1536 S 18,432`; `4x8:2x128` for a batch of 4 and 2 kv heads.
     pub fn describe(&self) -> String {
         let mut words = Vec::new();
         if let Some(tokens) = self.size("tokens") {
             words.push(format!("N {}", thousands(tokens)));
         }
         if let (Some(heads), Some(head_dim)) = (self.size("heads"), self.size("head_dim")) {
-            words.push(format!("{heads}x{head_dim}"));
+            let batch = self.size("batch").map(|batch| format!("{batch}x")).unwrap_or_default();
+            let kv_heads = self.size("kv_heads").map(|kv_heads| format!(":{kv_heads}")).unwrap_or_default();
+            words.push(format!("{batch}{heads}{kv_heads}x{head_dim}"));
         }
         if let (Some(m), Some(n), Some(k)) = (self.size("m"), self.size("n"), self.size("k")) {
             words.push(format!("{m}x{n}x{k}"));
@@ -282,6 +288,12 @@ mod tests {
         let mut report = Report { device: String::new(), rows: vec![other, peer.clone()] };
         assert_eq!(report.times_as_fast(CUDNN, &own), Some(2.5));
         assert_eq!(report.times_as_fast(FLASH2, &own), None);
+        let of_batch = row("flash", &[("tokens", 64), ("heads", 2), ("batch", 3)]);
+        assert_eq!(report.times_as_fast(CUDNN, &of_batch), None);
+        report.rows[1].shape.insert("batch".into(), 3);
+        assert_eq!(report.times_as_fast(CUDNN, &of_batch), Some(2.5));
+        assert_eq!(report.times_as_fast(CUDNN, &own), None);
+        report.rows[1].shape.remove("batch");
         report.rows[1].pass = BOTH.into();
         assert_eq!(report.times_as_fast(CUDNN, &own), None);
     }
@@ -293,6 +305,8 @@ mod tests {
         own.bytes = Some(6_000_000);
         assert_eq!((own.rate(), own.bandwidth()), (Some(2e9), Some(3e9)));
         assert_eq!(own.describe(), "8x8x8 f16");
+        let sizes = [("tokens", 64), ("heads", 8), ("kv_heads", 2), ("head_dim", 16), ("batch", 4)];
+        assert_eq!(row("flash", &sizes).describe(), "N 64 4x8:2x16 f16");
         let report = Report { device: String::new(), rows: vec![own] };
         assert_eq!((report.matrix_rate("f16"), report.matrix_rate("f32")), (Some(2e9), None));
     }

@@ -2,7 +2,7 @@
 //! BENCHMARKS.md says where they come from.
 
 use crate::groups::layer::LIGHTHOUSE;
-use crate::report::{BOTH, CUBLAS, CUDNN, FLASH2, FORWARD, Report, Row, significant, thousands};
+use crate::report::{BOTH, CUBLAS, CUDNN, FLASH2, FORWARD, Report, Row, UNUSUAL, significant, thousands};
 
 /// A mark and the measured value.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +82,10 @@ pub fn marks(report: &Report, baseline: Option<&Report>, bandwidth: f64) -> Vec<
     let mut marks = Vec::new();
     for row in &report.rows {
         let tokens = row.size("tokens").unwrap_or(0);
-        let usual = row.element == "f16" && row.size("heads") == Some(8) && row.size("head_dim") == Some(128);
+        let usual = row.element == "f16"
+            && row.size("heads") == Some(8)
+            && row.size("head_dim") == Some(128)
+            && UNUSUAL.iter().all(|name| row.size(name).is_none());
         if usual && let Some(baseline) = baseline {
             marks.extend(of_peers(row, tokens, baseline));
         }

@@ -4,7 +4,7 @@
     python3 tests/peers/pytorch.py --json pytorch.json
     cargo run --release --example bench -- all --baseline pytorch.json
 
-Rows: `copy` (device to device), `cublas` (f16 GEMM 8192^3), exact causal attention on [1, H, N, D] in f16 with
+Rows: `copy` (device to device), `cublas` (f16 GEMM 8192^3), exact causal attention on [B, H, N, D] in f16 with
 scaled_dot_product_attention, `flash2` (its FLASH_ATTENTION backend, FlashAttention-2) and `cudnn`, and the operators of a training
 step as eager PyTorch has them, `torch` and the operator's name (the bench's `operators`). Times are medians of warm
 runs between CUDA events, on random data; all runs of a row below 5 ms are queued before the first is waited for, so that
@@ -66,12 +66,17 @@ def arguments():
     parser.add_argument(
         "--tokens", type=numbers, metavar="N,N..", help=f"attention's lengths [default: {','.join(map(str, TOKENS))}]"
     )
+    parser.add_argument("--batch", type=int, default=1, help="sequences of attention [default: 1]")
     parser.add_argument("--heads", type=int, default=8, help="[default: 8]")
+    parser.add_argument("--kv-heads", type=int, help="of attention [default: as many as heads]")
     parser.add_argument("--head-dim", type=numbers, default=[128], metavar="D,D..", help="of attention [default: 128]")
     parser.add_argument("--warmup", type=float, default=2.5, metavar="SECONDS", help="before the first row [default: 2.5]")
     args = parser.parse_args()
-    if args.heads < 1 or not 0 <= args.warmup <= 3600:
-        fail("--heads must be positive, --warmup from 0 to 3600")
+    if args.heads < 1 or args.batch < 1 or not 0 <= args.warmup <= 3600:
+        fail("--heads and --batch must be positive, --warmup from 0 to 3600")
+    args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
+    if args.kv_heads < 1 or args.heads % args.kv_heads:
+        fail(f"--kv-heads {args.kv_heads} must divide the {args.heads} heads")
     for group in args.groups:
         if group not in GROUPS:
             fail(f"unknown group {group!r}: there are {', '.join(GROUPS)}")
@@ -179,23 +184,30 @@ def product(torch, size):
     return lambda: torch.matmul(a, b, out=out)
 
 
-def measure_attention(peers, name, backend, tokens, heads, head_dim):
-    """Forward, then forward + backward, of causal attention on [1, H, N, D]."""
+def measure_attention(peers, name, backend, tokens, head_dim, args):
+    """Forward, then forward + backward, of causal attention on [B, H, N, D], k and v with KV heads."""
     torch = peers.torch
     from torch.nn.attention import sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    size = (1, heads, tokens, head_dim)
-    q, k, v, d_o = (torch.randn(size, dtype=torch.float16, device="cuda") for _ in range(4))
+    batch, heads, kv_heads = args.batch, args.heads, args.kv_heads
+    data = [(batch, h, tokens, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, d_o = (torch.randn(size, dtype=torch.float16, device="cuda") for size in data)
     shape = {"tokens": tokens, "heads": heads, "head_dim": head_dim}
-    work = tokens * tokens * heads * head_dim
+    # Rows name them where they are not what they usually are.
+    shape |= {"batch": batch} if batch != 1 else {}
+    shape |= {"kv_heads": kv_heads} if kv_heads != heads else {}
+    work = tokens * tokens * batch * heads * head_dim
+
+    def attention():
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != heads)
 
     def forward():
         with torch.no_grad():
-            scaled_dot_product_attention(q, k, v, is_causal=True)
+            attention()
 
     def both():
-        o = scaled_dot_product_attention(q, k, v, is_causal=True)
+        o = attention()
         torch.autograd.grad(o, (q, k, v), d_o)
 
     with sdpa_kernel(backend):
@@ -381,7 +393,7 @@ def main():
             try:
                 if backend is None:
                     raise RuntimeError("this PyTorch has no such backend")
-                measure_attention(peers, name, backend, tokens, args.heads, head_dim)
+                measure_attention(peers, name, backend, tokens, head_dim, args)
             except RuntimeError as error:
                 # A backend that refuses the shape, or too little memory.
                 peers.skip(name, FORWARD if len(peers.rows) == measured else BOTH, tokens, error)

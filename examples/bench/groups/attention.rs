@@ -5,14 +5,17 @@ use lighthouse_attention::{Element, Recording};
 
 use crate::Result;
 use crate::bench::{Bench, Cost, Passes, Sizes, inputs};
-use crate::report::FORWARD;
+use crate::report::{FORWARD, UNUSUAL};
 
 pub fn run(bench: &mut Bench) -> Result<()> {
-    let Sizes { heads, head_dim, .. } = bench.sizes;
+    let Sizes { batch, heads, kv_heads, head_dim, .. } = bench.sizes;
     for element in [Element::F16, Element::F32] {
         for tokens in bench.tokens_or(&bench.sizes.attention) {
-            let shape = [("tokens", tokens), ("heads", heads), ("head_dim", head_dim)];
-            let cost = |pass: &str| Cost { bytes: 0, flops: flops(pass, tokens, heads, head_dim) };
+            let mut shape = vec![("tokens", tokens), ("heads", heads), ("head_dim", head_dim)];
+            let unusual = [(batch != 1).then_some(batch), kv_heads.filter(|kv_heads| *kv_heads != heads)];
+            shape.extend(UNUSUAL.into_iter().zip(unusual).filter_map(|(name, size)| Some((name, size?))));
+            let cost =
+                |pass: &str| Cost { bytes: 0, flops: flops(pass, tokens, batch.saturating_mul(heads), head_dim) };
             bench.measure_passes("flash", element, &shape, cost, |bench| passes(bench, tokens, element))?;
         }
     }
@@ -26,10 +29,11 @@ pub fn flops(pass: &str, tokens: usize, heads: usize, head_dim: usize) -> u64 {
     (tokens as u64).saturating_pow(2).saturating_mul(width).saturating_mul(factor)
 }
 
-/// Attention at the bench's head count.
+/// Attention at the bench's batch and heads.
 pub fn passes(bench: &Bench, tokens: usize, element: Element) -> Result<Passes> {
-    let Sizes { heads, head_dim, .. } = bench.sizes;
-    let shape = FlashShape { batch: 1, tokens, heads, kv_heads: heads, head_dim, element, layout: Layout::HeadsTokens };
+    let Sizes { batch, heads, kv_heads, head_dim, .. } = bench.sizes;
+    let (kv_heads, layout) = (kv_heads.unwrap_or(heads), Layout::HeadsTokens);
+    let shape = FlashShape { batch, tokens, heads, kv_heads, head_dim, element, layout };
     let mut recording = Recording::new(&bench.device.caps());
     let [q, k, v, d_o] = inputs(&mut recording, element, [shape.q(), shape.kv(), shape.kv(), shape.q()])?;
     let forward = flash::record_forward(&mut recording, &shape, [q, k, v], None)?;
