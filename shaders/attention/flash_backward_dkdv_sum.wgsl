@@ -8,6 +8,7 @@
 #import shared/dkdv_carried
 #import shared/grid
 #import shared/lacking
+#import shared/non_finite_d_o
 
 @group(0) @binding(0) var<storage, read_write> carried: array<vec4<f32>>; // see carried_block, PARTS to a kv head
 @group(0) @binding(1) var<storage, read_write> d_o: array<vec4<u32>>;     // [B, S, H, D] or [B, H, S, D]

@@ -25,6 +25,7 @@
 #import shared/ds_scratch
 #import shared/grid
 #import shared/lacking
+#import shared/non_finite_d_o
 
 @group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
 @group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>;   // the same with KV heads

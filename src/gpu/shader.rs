@@ -78,6 +78,7 @@ shaders! {
     "shared/lacking",
     "shared/load_f16",
     "shared/load_f32",
+    "shared/non_finite_d_o",
     "shared/non_finite_values",
     "shared/pyramid",
     "shared/rows",
