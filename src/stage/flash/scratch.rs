@@ -16,6 +16,8 @@ use crate::tensor::Element;
 /// more subgroups.
 const DQ_WORKGROUPS: usize = 512;
 const LEAST_PART: usize = 16;
+/// Steps in which the largest chunks that fit are looked for.
+const LARGE_STEPS: usize = 64;
 /// Storage buffers of the kernels that write d_scores.
 const SCRATCH_BINDINGS: u32 = 9;
 
@@ -24,8 +26,9 @@ const SCRATCH_BINDINGS: u32 = 9;
 
 /// Workgroups of `flash_backward_dkdv_coop` at a time.
 const PROCESSORS: usize = 132;
-/// Beginning and end of one.
+/// Beginning and end of one, and what the mask costs its first tiles; the same without a mask, for keys before the chunk.
 const START: f64 = 3.0;
+const START_BEFORE: f64 = 2.0;
 /// Reading or writing its dk and dv between dispatches, and reading them for `flash_backward_dkdv_sum`.
 const CARRY: f64 = 0.25;
 /// A pair in `flash_backward_dq_from_ds_coop`, and a workgroup of several that share a block.
@@ -84,21 +87,42 @@ fn pairs_before(blocks: usize) -> usize {
     blocks * (blocks + 1) / 2
 }
 
+/// A chunk of so many heads.
+fn chunk(blocks: Range<usize>, heads: usize) -> Chunk {
+    let mut chunk = Chunk { blocks, dq_parts: 1 };
+    let most = chunk.pairs() / (chunk.blocks.len() * LEAST_PART);
+    chunk.dq_parts = DQ_WORKGROUPS.div_ceil(heads * chunk.blocks.len()).min(most).max(1);
+    chunk
+}
+
 /// Cuts blocks of queries into this many chunks, or fewer, of about as many pairs each.
-fn chunks(blocks: usize, count: usize, heads: usize) -> Vec<Chunk> {
+fn equal_chunks(blocks: usize, count: usize, heads: usize) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     let mut start = 0;
     for end in 1..=blocks {
         if pairs_before(end) * count >= pairs_before(blocks) * (chunks.len() + 1) {
-            let mut chunk = Chunk { blocks: start..end, dq_parts: 1 };
-            let workgroups = heads * (end - start);
-            let most = chunk.pairs() / ((end - start) * LEAST_PART);
-            chunk.dq_parts = DQ_WORKGROUPS.div_ceil(workgroups).min(most).max(1);
-            chunks.push(chunk);
+            chunks.push(chunk(start..end, heads));
             start = end;
         }
     }
     chunks
+}
+
+/// Cuts them into chunks of at most so many pairs, as large as may be from the last on; `None` if a block has more.
+fn large_chunks(blocks: usize, pairs: usize, heads: usize) -> Option<Vec<Chunk>> {
+    if blocks > pairs {
+        return None;
+    }
+    let mut chunks = Vec::new();
+    let mut end = blocks;
+    for start in (0..blocks).rev() {
+        if start == 0 || pairs_before(end) - pairs_before(start - 1) > pairs {
+            chunks.push(chunk(start..end, heads));
+            end = start;
+        }
+    }
+    chunks.reverse();
+    Some(chunks)
 }
 
 /// The backward with five products: d_scores go through memory, for some heads and some queries at a time.
@@ -180,20 +204,20 @@ impl BackwardWithScratch {
     fn dkdv_time(&self, shape: &FlashShape, members: &Range<usize>, chunk: &Chunk) -> f64 {
         let Range { start, end } = chunk.blocks;
         let (kv_heads, members_of_part) = (self.kv_heads * self.dkdv_parts, self.members / self.dkdv_parts);
-        let cost = |queries: usize, carried: f64| (members_of_part * queries) as f64 + START + CARRY * carried;
+        let cost = |queries: usize, start: f64| (members_of_part * queries) as f64 + start;
         let of_all = shape.tokens <= end * self.dq.block_n && members.end == shape.heads / shape.kv_heads;
         let last = of_all && self.dkdv_parts == 1;
         let (read, written) = (f64::from(members.start > 0), f64::from(!last));
         let carried = read + written;
         // Workgroups for keys before the chunk have equal work.
-        let (equal, of_equal) = (kv_heads * start, cost(end - start, 1.0 + written));
+        let (equal, of_equal) = (kv_heads * start, cost(end - start, START_BEFORE + CARRY * (1.0 + written)));
         let busy = |i: usize| (equal / PROCESSORS + usize::from(i < equal % PROCESSORS)) as f64 * of_equal;
         let mut free: BinaryHeap<Reverse<u64>> = (0..PROCESSORS).map(|i| Reverse(ticks(busy(i)))).collect();
         let mut time = ticks(busy(0));
         for queries in (1..=end - start).rev() {
             for _ in 0..kv_heads {
                 if let Some(mut first) = free.peek_mut() {
-                    first.0 += ticks(cost(queries, carried));
+                    first.0 += ticks(cost(queries, START + CARRY * carried));
                     time = time.max(first.0);
                 }
             }
@@ -229,9 +253,8 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
     let (kv_heads, group) = (batch * shape.kv_heads, heads / shape.kv_heads);
     let block = dq.block_n;
     let blocks = tokens.div_ceil(block);
-    let with = |(at_once, members, dkdv_parts): (usize, usize, usize), count: usize| {
+    let with = |(at_once, members, dkdv_parts): (usize, usize, usize), chunks: Vec<Chunk>| {
         let dkdv = dkdv_tile(dkdv_parts)?;
-        let chunks = chunks(blocks, count, at_once * members);
         let of_heads = at_once * members * block;
         let largest = chunks.iter().map(Chunk::pairs).max().unwrap_or(0);
         let workgroups = |chunk: &Chunk| chunk.dq_parts * chunk.blocks.len();
@@ -259,33 +282,40 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
             chunks,
         })
     };
-    // Of each number of heads the fewest chunks; kv heads in equal numbers as far as they divide.
+    // Of each number of heads the fewest equal chunks and the largest ones; kv heads in equal numbers as far as they divide.
     let equal = (1..=kv_heads).filter(|&at_once| kv_heads.div_ceil(kv_heads.div_ceil(at_once)) == at_once);
     let divisors = move || (1..=group).filter(move |n| group.is_multiple_of(*n));
     let candidates = equal.flat_map(|at_once| {
         let some_of_group = divisors().map(move |members| (at_once, members, 1));
         some_of_group.chain(divisors().skip(1).map(move |parts| (at_once, group, parts)))
     });
-    let fewest = |heads: (usize, usize, usize)| {
-        let pairs = (heads.0 * heads.1 * pairs_before(blocks)) as u64;
-        let bytes = Element::F16.bytes() * pairs * (block * block) as u64;
-        let least = bytes / caps.scratch_bytes.max(1);
-        (least.max(1)..=blocks as u64).filter_map(|count| with(heads, count as usize)).find(|plan| plan.fits(caps))
-    };
-    let plans = candidates.filter_map(fewest);
+    let plans = candidates.flat_map(|heads| {
+        let count = heads.0 * heads.1;
+        let bytes_of_pair = Element::F16.bytes() * (count * block * block) as u64;
+        let least = bytes_of_pair * pairs_before(blocks) as u64 / caps.scratch_bytes.max(1);
+        let equal = (least.max(1) as usize..=blocks).map(|chunks| equal_chunks(blocks, chunks, count));
+        let fewest = equal.filter_map(|chunks| with(heads, chunks)).find(|plan| plan.fits(caps));
+        // What is carried and the parts of dq take memory too.
+        let most = (caps.scratch_bytes / bytes_of_pair) as usize;
+        let large = (1..=LARGE_STEPS).rev().map_while(|step| large_chunks(blocks, most * step / LARGE_STEPS, count));
+        let largest = large.filter_map(|chunks| with(heads, chunks)).find(|plan| plan.fits(caps));
+        fewest.into_iter().chain(largest)
+    });
     let plans: Vec<(f64, BackwardWithScratch)> = plans.map(|plan| (plan.time(shape), plan)).collect();
     let fastest = plans.iter().map(|(time, _)| *time).min_by(f64::total_cmp)?;
     let everything = Chunk { blocks: 0..blocks, dq_parts: 1 };
-    let whole = with((kv_heads, group, 1), 1)?;
+    let whole = with((kv_heads, group, 1), vec![everything.clone()])?;
     let products = (batch * heads * everything.pairs()) as f64 / PROCESSORS as f64;
     let recomputed =
         whole.dkdv_time(shape, &(0..group), &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
     if fastest > recomputed {
         return None;
     }
-    // Of plans that are as fast the one with least memory.
-    let plans = plans.into_iter().filter(|(time, _)| *time <= 1.02 * fastest).map(|(_, plan)| plan);
-    plans.min_by_key(BackwardWithScratch::bytes)
+    // A plan in half of the memory may take 2 % longer.
+    let cost = |(time, plan): &(f64, BackwardWithScratch)| {
+        time * (1.0 + 0.04 * plan.bytes() as f64 / caps.scratch_bytes as f64)
+    };
+    plans.into_iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).map(|(_, plan)| plan)
 }
 
 #[cfg(test)]
@@ -301,9 +331,9 @@ mod tests {
     }
 
     #[test]
-    fn chunks_cover_all_queries_in_equal_parts() {
+    fn chunks_cover_all_queries() {
         for (blocks, count) in [(1, 1), (7, 2), (7, 7), (7, 20), (768, 5), (768, 40)] {
-            let chunks = chunks(blocks, count, 2);
+            let chunks = equal_chunks(blocks, count, 2);
             assert!(chunks.len() <= count, "{blocks} blocks in {} of {count} chunks", chunks.len());
             assert_eq!(
                 chunks.iter().flat_map(|chunk| chunk.blocks.clone()).collect::<Vec<_>>(),
@@ -312,7 +342,19 @@ mod tests {
             let mean = blocks * (blocks + 1) / 2 / count;
             assert!(chunks.iter().all(|chunk| chunk.pairs() <= mean + blocks + 1), "{chunks:?}");
         }
-        let chunks = chunks(768, 5, 1);
+        for (blocks, pairs) in [(1, 1), (7, 7), (7, 13), (7, 28), (768, 30_000), (768, 295_296)] {
+            let chunks = large_chunks(blocks, pairs, 2).expect("a block fits");
+            assert_eq!(
+                chunks.iter().flat_map(|chunk| chunk.blocks.clone()).collect::<Vec<_>>(),
+                Vec::from_iter(0..blocks)
+            );
+            for (i, chunk) in chunks.iter().enumerate() {
+                let one_more = chunk.pairs() + chunk.blocks.start;
+                assert!(chunk.pairs() <= pairs && (i == 0 || one_more > pairs), "{chunks:?} of {pairs}");
+            }
+        }
+        assert_eq!(large_chunks(7, 6, 2), None);
+        let chunks = equal_chunks(768, 5, 1);
         assert!(chunks.windows(2).all(|pair| pair[0].dq_parts < pair[1].dq_parts), "{chunks:?}");
     }
 
@@ -340,13 +382,14 @@ mod tests {
         assert_eq!(of(1, 4_096, 8, 8), Some((8, 1, 1, 1)));
         assert_eq!(of(1, 18_432, 8, 8), Some((4, 1, 1, 1)));
         assert_eq!(of(1, 32_768, 8, 8), Some((1, 1, 1, 1)));
+        assert_eq!(of(1, 49_152, 8, 8), Some((2, 1, 1, 3)));
         assert_eq!(of(1, 98_304, 8, 8), Some((2, 1, 1, 11)));
         // Heads of all batch entries at a time.
         assert_eq!(of(8, 1_024, 16, 16), Some((128, 1, 1, 1)));
         // With whole groups the workgroup of the first keys would have too much. (Some heads of each group at a time take as
         // long: 6.10, of 6.08 ms; 4.82, of 4.81 ms.)
-        assert_eq!(of(1, 18_432, 8, 2), Some((1, 4, 2, 1)));
-        assert_eq!(of(1, 8_192, 32, 4), Some((2, 8, 2, 1)));
+        assert_eq!(of(1, 18_432, 8, 2), Some((2, 4, 2, 2)));
+        assert_eq!(of(1, 8_192, 32, 4), Some((4, 4, 1, 1)));
         // Fewer blocks of keys than multiprocessors.
         assert_eq!(of(1, 4_096, 8, 2), Some((2, 4, 4, 1)));
         assert_eq!(of(1, 4_096, 12, 2), Some((2, 6, 6, 1)));
