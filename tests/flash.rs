@@ -198,6 +198,29 @@ fn a_backward_without_scratch_matches_the_reference() {
     }
 }
 
+/// Few heads at a time, as where the cache does not hold what all read: the same bits.
+#[test]
+fn few_heads_at_a_time_give_the_same_bits() -> Result<()> {
+    let shape = shape((2, 700, 16, 8, 32), F16, TokensHeads);
+    let values = uniform(&shape);
+    let case = |recording: &mut Recording| build(recording, &shape, &values, true);
+    for device in devices().iter().filter(|device| device.tier.matrix().is_some()) {
+        let all = Caps { scratch_bytes: 0, ..device.gpu.caps().clone() };
+        let few = Caps { processors: 1, ..all.clone() };
+        let units = |caps: &Caps| {
+            let mut recording = Recording::new(caps);
+            case(&mut recording)?;
+            Result::Ok(recording.commands().iter().map(|command| format!("{command:?}")).collect::<Vec<_>>())
+        };
+        let on = format!("{shape:?} on {}, {}", device.adapter, device.tier);
+        assert_ne!(units(&all)?, units(&few)?, "{on}");
+        for (expected, got) in run(Some((device, &all)), &case)?.iter().zip(run(Some((device, &few)), &case)?) {
+            assert!(same_bits(expected, &got), "{on}");
+        }
+    }
+    Ok(())
+}
+
 /// d_scores of some heads or some queries at a time, and several workgroups for dq of a block.
 #[test]
 fn a_backward_in_chunks_matches_the_reference() -> Result<()> {

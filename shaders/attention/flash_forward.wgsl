@@ -47,12 +47,11 @@ fn main(
     if (index >= params.units) {
         return;
     }
-    // Heads are fastest; the block with most keys comes first.
-    let unit = params.first_unit + index;
     let blocks = (params.tokens + BLOCK_M - 1u) / BLOCK_M;
-    let head = unit % params.heads;
-    let first_query = (blocks - 1u - unit / params.heads % blocks) * BLOCK_M;
-    let batch = unit / (params.heads * blocks);
+    let unit = unit_of(params.first_unit + index, blocks, params.heads);
+    let batch = unit.batch;
+    let head = unit.head;
+    let first_query = (blocks - 1u - unit.block) * BLOCK_M;
     let kv_head = head / (params.heads / params.kv_heads);
     let base = batch * params.tokens * params.heads + head * params.head_stride;
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;

@@ -100,6 +100,8 @@ pub struct Caps {
     pub lone_barriers: bool,
     /// The kernels to use.
     pub tier: Tier,
+    /// Multiprocessors that plans count with.
+    pub processors: usize,
     /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
     /// 2 s, so longer ones are cut.
     pub work_per_dispatch: u64,
@@ -107,6 +109,8 @@ pub struct Caps {
     pub scratch_bytes: u64,
 }
 
+/// Those of an H100: no adapter tells how many it has, and on smaller GPUs plans differ by less.
+const PROCESSORS: usize = 132;
 /// 2 GiB, what a binding can hold: at lengths that ask for so much, what a training step keeps of its forward is many times
 /// that.
 const SCRATCH_BYTES: u64 = 2 << 30;
@@ -128,6 +132,7 @@ impl Default for Caps {
             exchange: 0,
             lone_barriers: false,
             tier: Tier::SimtF32,
+            processors: PROCESSORS,
             work_per_dispatch: WORK_PER_DISPATCH,
             scratch_bytes: SCRATCH_BYTES,
         }

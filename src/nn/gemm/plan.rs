@@ -63,8 +63,8 @@ const LEAST_SLICE: usize = 256;
 /// Workgroups without matrices that fill a large GPU.
 const ENOUGH_WORKGROUPS: usize = 512;
 
-/// Workgroups with matrices that an H100 has at a time, two on each multiprocessor.
-const COOP_WORKGROUPS: usize = 264;
+/// Workgroups with matrices on a multiprocessor at a time.
+const COOP_WORKGROUPS: usize = 2;
 /// Most slices with matrices, and the k whose products take as long as a slice's partial sums.
 const COOP_SLICES: usize = 64;
 const SLICE_OVERHEAD: f64 = 256.0;
@@ -224,8 +224,8 @@ impl CoopTile {
     }
 
     /// The time of a GEMM, in an unknown unit: workgroups run in waves, which take as long with fewer of them.
-    fn time(self, gemm: &Gemm, slices: usize) -> f64 {
-        let waves = (Tile::Coop(self).count(gemm) as usize * slices).div_ceil(COOP_WORKGROUPS);
+    fn time(self, caps: &Caps, gemm: &Gemm, slices: usize) -> f64 {
+        let waves = (Tile::Coop(self).count(gemm) as usize * slices).div_ceil(COOP_WORKGROUPS * caps.processors);
         let slice = gemm.k.div_ceil(slices) as f64 + if slices > 1 { SLICE_OVERHEAD } else { 0.0 };
         (waves * self.block().iter().product::<usize>()) as f64 * slice / self.shape.speed
     }
@@ -244,7 +244,9 @@ impl Tile {
         if caps.tier.matrix().is_some() {
             let tiles = SHAPES.into_iter().filter_map(|shape| CoopTile::new(caps, gemm, shape));
             let choices = tiles.flat_map(|tile| (1..=slices.min(COOP_SLICES)).map(move |slices| (tile, slices)));
-            if let Some((tile, slices)) = choices.min_by(|a, b| a.0.time(gemm, a.1).total_cmp(&b.0.time(gemm, b.1))) {
+            if let Some((tile, slices)) =
+                choices.min_by(|a, b| a.0.time(caps, gemm, a.1).total_cmp(&b.0.time(caps, gemm, b.1)))
+            {
                 return (Self::Coop(tile), slices);
             }
             tracing::debug!(tier = %caps.tier, ?gemm, "does not fit cooperative matrices");

@@ -28,6 +28,7 @@ params!(TileParams {
     scale: f32,
     first_unit: u32,
     units: u32,
+    heads_at_once: u32,
 });
 
 params!(ChunkParams {
@@ -184,7 +185,8 @@ impl FlashShape {
             .element("elem", self.element)
             .constant("HEAD_DIM", self.head_dim)
             .constant("BLOCK_M", tile.block_m)
-            .constant("BLOCK_N", tile.block_n);
+            .constant("BLOCK_N", tile.block_n)
+            .flag("HEADS_IN_TURN", plan::heads_at_once(caps, self, tile) < self.heads);
         if let Some(size) = tile.matrix {
             kernel = kernel.matrices(size, self.element);
             if tile.shader == coop::FORWARD_OF_ROWS {
@@ -196,17 +198,24 @@ impl FlashShape {
         tile.constants.iter().fold(kernel, |kernel, &(name, value)| kernel.constant(name, value))
     }
 
-    /// The dispatches over `batch` entries of a kernel that has a workgroup for each block of each of `heads` heads.
+    /// The units of a kernel that has a workgroup for each block of queries of each head: how many times, blocks, and of how
+    /// many heads at a time.
+    fn query_units(&self, caps: &Caps, tile: &Tile, batch: usize) -> (usize, usize, usize) {
+        let at_once = plan::heads_at_once(caps, self, tile);
+        (batch * self.heads / at_once, self.tokens.div_ceil(tile.block_m), at_once)
+    }
+
+    /// The dispatches of a kernel that has a workgroup for each block of each of so many heads at a time, so many times.
     fn parts(
         &self,
         caps: &Caps,
         scale: f32,
-        (batch, blocks, heads): (usize, usize, usize),
+        (times, blocks, heads_at_once): (usize, usize, usize),
         work: impl Fn(usize) -> u64,
     ) -> Result<Vec<(TileParams, [u32; 3], u64)>> {
         let [token_stride, head_stride] = self.strides(self.heads);
         let [kv_token_stride, kv_head_stride] = self.strides(self.kv_heads);
-        let parts = plan::cut(batch, blocks, heads, work, caps.work_per_dispatch);
+        let parts = plan::cut(times, blocks, heads_at_once, work, caps.work_per_dispatch);
         let dispatch = |part: plan::Part| {
             let params = TileParams {
                 tokens: self.tokens as u32,
@@ -219,6 +228,7 @@ impl FlashShape {
                 scale,
                 first_unit: part.first_unit,
                 units: part.units,
+                heads_at_once: heads_at_once as u32,
             };
             Ok((params, grid(caps, u64::from(part.units))?, part.work))
         };
@@ -362,7 +372,6 @@ pub fn record_forward(
         None => plan(&caps, shape.head_dim, shape.element)?.forward,
     };
     let kernel = shape.kernel(&caps, &tile);
-    let blocks = shape.tokens.div_ceil(tile.block_m);
     let command = Command::new("flash_forward", reference::ForwardReference(*shape))
         .reads("q", q)
         .reads("k", k)
@@ -371,7 +380,8 @@ pub fn record_forward(
         .writes("lse", lse)
         .dispatch_parts(&caps, shape.batch, kernel, |batch| {
             let scale = shape.scale::<f32>() * std::f32::consts::LOG2_E;
-            shape.parts(&caps, scale, (batch, blocks, shape.heads), |block| 2 * shape.query_work(&tile, block))
+            let units = shape.query_units(&caps, &tile, batch);
+            shape.parts(&caps, scale, units, |block| 2 * shape.query_work(&tile, block))
         })?;
     recording.push(command)?;
     Ok(FlashForward { o, lse })
@@ -432,11 +442,10 @@ pub fn record_backward(
     recording.push(shape.dkdv_dispatches(&caps, &plan.dkdv, command)?)?;
 
     let command = reads(Command::new("flash_backward_dq", reference::DqReference(*shape))).writes("dq", gradients.dq);
-    let blocks = shape.tokens.div_ceil(plan.dq.block_m);
     let kernel = shape.kernel(&caps, &plan.dq);
     recording.push(command.dispatch_parts(&caps, shape.batch, kernel, |batch| {
         let work = |block| 3 * shape.query_work(&plan.dq, block);
-        shape.parts(&caps, shape.scale(), (batch, blocks, shape.heads), work)
+        shape.parts(&caps, shape.scale(), shape.query_units(&caps, &plan.dq, batch), work)
     })?)?;
     Ok(gradients)
 }

@@ -22,10 +22,9 @@ const LARGE_STEPS: usize = 64;
 const SCRATCH_BINDINGS: u32 = 9;
 
 // What the time of a backward is predicted from, as measured on an H100. The unit is the work of one of its
-// multiprocessors on a pair of a block of queries and one of keys for dk and dv: 7.1 us.
+// multiprocessors, each of which has one workgroup at a time, on a pair of a block of queries and one of keys for dk and dv:
+// 7.1 us.
 
-/// Workgroups of `flash_backward_dkdv_coop` at a time.
-const PROCESSORS: usize = 132;
 /// Beginning and end of one, and what the mask costs its first tiles; the same without a mask, for keys before the chunk.
 const START: f64 = 3.0;
 const START_BEFORE: f64 = 2.0;
@@ -177,14 +176,14 @@ impl BackwardWithScratch {
     }
 
     /// Predicted time of all its dispatches. It is for large GPUs; on small ones plans differ by less.
-    fn time(&self, shape: &FlashShape) -> f64 {
-        let processors = PROCESSORS as f64;
+    fn time(&self, caps: &Caps, shape: &FlashShape) -> f64 {
+        let processors = caps.processors as f64;
         // As if every part of the kv heads had as many as the first.
         let of_chunk = |members: &Range<usize>, chunk: &Chunk| {
             let heads = self.kv_heads * self.members;
             let parts = if chunk.dq_parts > 1 { heads * chunk.blocks.len() * chunk.dq_parts } else { 0 };
             let dq = DQ * (heads * chunk.pairs()) as f64 + DQ_PART * parts as f64;
-            self.dkdv_time(shape, members, chunk) + dq / processors + LAUNCH
+            self.dkdv_time(caps, shape, members, chunk) + dq / processors + LAUNCH
         };
         let blocks = self.chunks.last().map_or(0, |chunk| chunk.blocks.end);
         let dkdv_sum = if self.dkdv_parts > 1 {
@@ -201,7 +200,8 @@ impl BackwardWithScratch {
     }
 
     /// The part of `dkdv` in that: each multiprocessor takes the next workgroup when it has done one.
-    fn dkdv_time(&self, shape: &FlashShape, members: &Range<usize>, chunk: &Chunk) -> f64 {
+    fn dkdv_time(&self, caps: &Caps, shape: &FlashShape, members: &Range<usize>, chunk: &Chunk) -> f64 {
+        let processors = caps.processors;
         let Range { start, end } = chunk.blocks;
         let (kv_heads, members_of_part) = (self.kv_heads * self.dkdv_parts, self.members / self.dkdv_parts);
         let cost = |queries: usize, start: f64| (members_of_part * queries) as f64 + start;
@@ -211,8 +211,8 @@ impl BackwardWithScratch {
         let carried = read + written;
         // Workgroups for keys before the chunk have equal work.
         let (equal, of_equal) = (kv_heads * start, cost(end - start, START_BEFORE + CARRY * (1.0 + written)));
-        let busy = |i: usize| (equal / PROCESSORS + usize::from(i < equal % PROCESSORS)) as f64 * of_equal;
-        let mut free: BinaryHeap<Reverse<u64>> = (0..PROCESSORS).map(|i| Reverse(ticks(busy(i)))).collect();
+        let busy = |i: usize| (equal / processors + usize::from(i < equal % processors)) as f64 * of_equal;
+        let mut free: BinaryHeap<Reverse<u64>> = (0..processors).map(|i| Reverse(ticks(busy(i)))).collect();
         let mut time = ticks(busy(0));
         for queries in (1..=end - start).rev() {
             for _ in 0..kv_heads {
@@ -301,13 +301,13 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
         let largest = large.filter_map(|chunks| with(heads, chunks)).find(|plan| plan.fits(caps));
         fewest.into_iter().chain(largest)
     });
-    let plans: Vec<(f64, BackwardWithScratch)> = plans.map(|plan| (plan.time(shape), plan)).collect();
+    let plans: Vec<(f64, BackwardWithScratch)> = plans.map(|plan| (plan.time(caps, shape), plan)).collect();
     let fastest = plans.iter().map(|(time, _)| *time).min_by(f64::total_cmp)?;
     let everything = Chunk { blocks: 0..blocks, dq_parts: 1 };
     let whole = with((kv_heads, group, 1), vec![everything.clone()])?;
-    let products = (batch * heads * everything.pairs()) as f64 / PROCESSORS as f64;
+    let products = (batch * heads * everything.pairs()) as f64 / caps.processors as f64;
     let recomputed =
-        whole.dkdv_time(shape, &(0..group), &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
+        whole.dkdv_time(caps, shape, &(0..group), &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
     if fastest > recomputed {
         return None;
     }
