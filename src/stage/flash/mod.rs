@@ -179,14 +179,19 @@ impl FlashShape {
         T::from_f64((self.head_dim as f64).sqrt().recip())
     }
 
-    /// The kernel of a tile.
-    fn kernel(&self, caps: &Caps, tile: &Tile) -> Kernel {
+    /// The kernel of a tile of queries, see [`query_units`](Self::query_units).
+    fn query_kernel(&self, caps: &Caps, tile: &Tile) -> Kernel {
+        self.kernel(caps, tile, plan::heads_at_once(caps, self, tile) < self.heads)
+    }
+
+    /// The kernel of a tile; whether the heads take turns concerns those of queries.
+    fn kernel(&self, caps: &Caps, tile: &Tile, heads_in_turn: bool) -> Kernel {
         let mut kernel = Kernel::new(caps, tile.shader)
             .element("elem", self.element)
             .constant("HEAD_DIM", self.head_dim)
             .constant("BLOCK_M", tile.block_m)
             .constant("BLOCK_N", tile.block_n)
-            .flag("HEADS_IN_TURN", plan::heads_at_once(caps, self, tile) < self.heads);
+            .flag("HEADS_IN_TURN", heads_in_turn);
         if let Some(size) = tile.matrix {
             kernel = kernel.matrices(size, self.element);
             if tile.shader == coop::FORWARD_OF_ROWS {
@@ -257,7 +262,7 @@ impl FlashShape {
 
     /// The dispatches of the backward for k and v by itself.
     fn dkdv_dispatches(&self, caps: &Caps, tile: &Tile, command: Command) -> Result<Command> {
-        let kernel = self.kernel(caps, tile);
+        let kernel = self.kernel(caps, tile, false);
         let group = self.heads / self.kv_heads;
         let work = |block| self.dkdv_work(tile, block, 0..self.tokens, group);
         let Some(size) = tile.matrix else {
@@ -285,7 +290,7 @@ impl FlashShape {
         mut command: Command,
     ) -> Result<Command> {
         let tiles = [&plan.dkdv, &plan.dkdv_sum, &plan.dq, &plan.dq_sum];
-        let [dkdv, dkdv_sum, dq, dq_sum] = tiles.map(|tile| self.kernel(caps, tile));
+        let [dkdv, dkdv_sum, dq, dq_sum] = tiles.map(|tile| self.kernel(caps, tile, false));
         let add = |mut command: Command,
                    kernel: &Kernel,
                    (heads, chunk): (&scratch::Heads, &scratch::Chunk),
@@ -371,7 +376,7 @@ pub fn record_forward(
         Some(tile) => tile,
         None => plan(&caps, shape.head_dim, shape.element)?.forward,
     };
-    let kernel = shape.kernel(&caps, &tile);
+    let kernel = shape.query_kernel(&caps, &tile);
     let command = Command::new("flash_forward", reference::ForwardReference(*shape))
         .reads("q", q)
         .reads("k", k)
@@ -442,7 +447,7 @@ pub fn record_backward(
     recording.push(shape.dkdv_dispatches(&caps, &plan.dkdv, command)?)?;
 
     let command = reads(Command::new("flash_backward_dq", reference::DqReference(*shape))).writes("dq", gradients.dq);
-    let kernel = shape.kernel(&caps, &plan.dq);
+    let kernel = shape.query_kernel(&caps, &plan.dq);
     recording.push(command.dispatch_parts(&caps, shape.batch, kernel, |batch| {
         let work = |block| 3 * shape.query_work(&plan.dq, block);
         shape.parts(&caps, shape.scale(), shape.query_units(&caps, &plan.dq, batch), work)
@@ -516,7 +521,8 @@ mod tests {
                 });
                 for tile in [plan.forward, plan.dkdv, plan.dq].into_iter().chain(with_scratch.into_iter().flatten()) {
                     let case = format!("{}, {}, head_dim {head_dim}, {element}", tile.shader, caps.tier);
-                    let reflection = reflect(tile.shader, &parse(tile.shader, &shape.kernel(caps, &tile).compose()?)?)?;
+                    let reflection =
+                        reflect(tile.shader, &parse(tile.shader, &shape.kernel(caps, &tile, true).compose()?)?)?;
                     assert_eq!(reflection.workgroup_bytes, tile.workgroup_bytes as u64, "{case}");
                     assert_eq!(reflection.invocations as usize, tile.invocations, "{case}");
                 }
