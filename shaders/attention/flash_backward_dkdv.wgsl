@@ -53,9 +53,9 @@ fn main(
     }
     let blocks = (params.tokens + BLOCK_N - 1u) / BLOCK_N;
     let unit = unit_of(params.first_unit + index, blocks, params.kv_heads);
-    let batch = unit.batch;
     let kv_head = unit.head;
     let first_key = unit.block * BLOCK_N;
+    let batch = unit.batch;
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
     let keys = Rows(1u, kv_base, params.kv_token_stride, first_key);
     let values = Rows(2u, kv_base, params.kv_token_stride, first_key);

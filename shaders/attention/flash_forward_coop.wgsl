@@ -88,9 +88,9 @@ fn main(
     }
     let blocks = (params.tokens + BLOCK_M - 1u) / BLOCK_M;
     let unit = unit_of(params.first_unit + index, blocks, params.heads);
-    let batch = unit.batch;
     let head = unit.head;
     let first_query = (blocks - 1u - unit.block) * BLOCK_M;
+    let batch = unit.batch;
     let kv_head = head / (params.heads / params.kv_heads);
     let base = batch * params.tokens * params.heads + head * params.head_stride;
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;

@@ -19,18 +19,18 @@ struct Params {
 }
 
 struct Unit {
-    batch: u32,
     head: u32,
     block: u32, // counted from that with most work
+    batch: u32,
 }
 
 // What a number is of so many blocks of each of `heads` heads.
 fn unit_of(number: u32, blocks: u32, heads: u32) -> Unit {
     if (!HEADS_IN_TURN) {
-        return Unit(number / (heads * blocks), number % heads, number / heads % blocks);
+        return Unit(number % heads, number / heads % blocks, number / (heads * blocks));
     }
     let turn = number / (params.heads_at_once * blocks);
     let turns = heads / params.heads_at_once;
     let head = turn % turns * params.heads_at_once + number % params.heads_at_once;
-    return Unit(turn / turns, head, number / params.heads_at_once % blocks);
+    return Unit(head, number / params.heads_at_once % blocks, turn / turns);
 }
