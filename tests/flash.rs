@@ -230,7 +230,7 @@ fn a_backward_in_chunks_matches_the_reference() -> Result<()> {
         (shape((2, 1290, 2, 1, 16), F16, TokensHeads), vec![5_000_000, 1 << 24]),
         (shape((1, 2100, 3, 1, 16), F16, HeadsTokens), vec![4_000_000, 8_000_000, 1 << 24]),
         // Of many, a head of each group at a time, then whole groups.
-        (shape((1, 1290, 16, 8, 16), F16, HeadsTokens), vec![24_000_000, 1 << 26]),
+        (shape((1, 1290, 16, 8, 16), F16, HeadsTokens), vec![19_200_000, 1 << 26]),
         // Some heads, then all; chunks of queries.
         (shape((1, 768, 64, 64, 16), F16, HeadsTokens), vec![24_000_000, 1 << 26]),
         (shape((1, 4400, 1, 1, 16), F16, HeadsTokens), vec![1 << 23, 3 << 22, 1 << 26]),
@@ -268,14 +268,18 @@ fn non_finite_inputs_pass_from_chunk_to_chunk() {
             (1290, 1, 1, 0, 1_500_000),
             (1290, 2, 1, 1, 3_000_000),
             (1290, 2, 1, 0, 3_000_000),
-            (1290, 16, 8, 1, 24_000_000),
-            (1290, 16, 8, 0, 24_000_000),
+            (1290, 16, 8, 1, 19_200_000),
+            (1290, 16, 8, 0, 19_200_000),
         ] {
+            if at > 0 && ![0, 3].contains(&tensor) {
+                // Of k and v the first head alone has them, as in another case.
+                continue;
+            }
             let shape = shape((1, tokens, heads, kv_heads, 16), F16, TokensHeads);
             let mut values = uniform(&shape);
-            let (heads, head) = if [0, 3].contains(&tensor) { (heads, at) } else { (kv_heads, 0) };
+            let heads = if [0, 3].contains(&tensor) { heads } else { kv_heads };
             for t in [45, tokens - 290, tokens - 261] {
-                values[tensor][row(&shape, heads, (0, head, t)) + 5] = value;
+                values[tensor][row(&shape, heads, (0, at, t)) + 5] = value;
             }
             check_with_scratch(&shape, &values, &[bytes]);
         }
