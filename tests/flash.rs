@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use lighthouse_attention::stage::flash::{self, FlashShape, Layout};
@@ -206,7 +207,7 @@ fn few_heads_at_a_time_give_the_same_bits() -> Result<()> {
     let case = |recording: &mut Recording| build(recording, &shape, &values, true);
     for device in devices().iter().filter(|device| device.tier.matrix().is_some()) {
         let all = Caps { scratch_bytes: 0, ..device.gpu.caps().clone() };
-        let few = Caps { processors: 1, ..all.clone() };
+        let few = Caps { processors: NonZeroUsize::MIN, ..all.clone() };
         let units = |caps: &Caps| {
             let mut recording = Recording::new(caps);
             case(&mut recording)?;

@@ -1,5 +1,7 @@
 //! What a device can do, reduced to what the plans ask.
 
+use std::num::NonZeroUsize;
+
 use crate::error::{Error, Result};
 use crate::tensor::Element;
 
@@ -101,7 +103,7 @@ pub struct Caps {
     /// The kernels to use.
     pub tier: Tier,
     /// Multiprocessors that plans count with.
-    pub processors: usize,
+    pub processors: NonZeroUsize,
     /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
     /// 2 s, so longer ones are cut.
     pub work_per_dispatch: u64,
@@ -110,7 +112,7 @@ pub struct Caps {
 }
 
 /// Those of an H100: no adapter tells how many it has, and on smaller GPUs plans differ by less.
-const PROCESSORS: usize = 132;
+const PROCESSORS: NonZeroUsize = NonZeroUsize::new(132).unwrap();
 /// 2 GiB, what a binding can hold: at lengths that ask for so much, what a training step keeps of its forward is many times
 /// that.
 const SCRATCH_BYTES: u64 = 2 << 30;

@@ -225,7 +225,7 @@ impl CoopTile {
 
     /// The time of a GEMM, in an unknown unit: workgroups run in waves, which take as long with fewer of them.
     fn time(self, caps: &Caps, gemm: &Gemm, slices: usize) -> f64 {
-        let waves = (Tile::Coop(self).count(gemm) as usize * slices).div_ceil(COOP_WORKGROUPS * caps.processors);
+        let waves = (Tile::Coop(self).count(gemm) as usize * slices).div_ceil(COOP_WORKGROUPS * caps.processors.get());
         let slice = gemm.k.div_ceil(slices) as f64 + if slices > 1 { SLICE_OVERHEAD } else { 0.0 };
         (waves * self.block().iter().product::<usize>()) as f64 * slice / self.shape.speed
     }

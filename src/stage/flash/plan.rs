@@ -137,8 +137,8 @@ pub(super) fn heads_at_once(caps: &Caps, shape: &FlashShape, tile: &Tile) -> usi
     let FlashShape { tokens, heads, head_dim, element, .. } = *shape;
     let blocks = tokens.div_ceil(tile.block_m);
     let of_token = 2 * head_dim * element.bytes() as usize;
-    let between = heads * heads * tokens / caps.processors * of_token;
-    let rounds = |at_once: usize| at_once * blocks * tile.invocations / (caps.processors * RESIDENT);
+    let between = heads * heads * tokens / caps.processors.get() * of_token;
+    let rounds = |at_once: usize| at_once * blocks * tile.invocations / (caps.processors.get() * RESIDENT);
     let fewest = || (1..=heads).find(|&at_once| heads.is_multiple_of(at_once) && rounds(at_once) >= 2);
     let few = if tile.matrix.is_some() && between > CACHE_BYTES { fewest() } else { None };
     few.unwrap_or(heads)

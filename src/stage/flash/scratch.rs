@@ -179,7 +179,7 @@ impl BackwardWithScratch {
 
     /// Predicted time of all its dispatches. It is for large GPUs; on small ones plans differ by less.
     fn time(&self, caps: &Caps, shape: &FlashShape) -> f64 {
-        let processors = caps.processors as f64;
+        let processors = caps.processors.get() as f64;
         // As if every part of the kv heads had as many as the first.
         let of_chunk = |members: &Range<usize>, chunk: &Chunk| {
             let heads = self.kv_heads * self.members;
@@ -203,7 +203,7 @@ impl BackwardWithScratch {
 
     /// The part of `dkdv` in that: each multiprocessor takes the next workgroup when it has done one.
     fn dkdv_time(&self, caps: &Caps, shape: &FlashShape, members: &Range<usize>, chunk: &Chunk) -> f64 {
-        let processors = caps.processors;
+        let processors = caps.processors.get();
         let Range { start, end } = chunk.blocks;
         let (kv_heads, members_of_part) = (self.kv_heads * self.dkdv_parts, self.members / self.dkdv_parts);
         let cost = |queries: usize, start: f64| (members_of_part * queries) as f64 + start;
@@ -307,7 +307,7 @@ pub(super) fn backward_with_scratch(caps: &Caps, shape: &FlashShape) -> Option<B
     let fastest = plans.iter().map(|(time, _)| *time).min_by(f64::total_cmp)?;
     let everything = Chunk { blocks: 0..blocks, dq_parts: 1 };
     let whole = with((kv_heads, group, 1), vec![everything.clone()])?;
-    let products = (batch * heads * everything.pairs()) as f64 / caps.processors as f64;
+    let products = (batch * heads * everything.pairs()) as f64 / caps.processors.get() as f64;
     let recomputed =
         whole.dkdv_time(caps, shape, &(0..group), &everything) + DQ_RECOMPUTED * products.max(blocks as f64) + LAUNCH;
     if fastest > recomputed {
