@@ -122,26 +122,31 @@ fn simt(
 
 /// Invocations with matrices that a multiprocessor runs at a time, with what its registers hold.
 const RESIDENT: usize = 256;
-/// What of keys and values an H100's cache of 50 MB is taken to hold.
-const CACHE_BYTES: usize = 20 << 20;
+/// What all heads read between two workgroups of one head, from which on few heads at a time are faster.
+const BETWEEN_BYTES: usize = 10 << 20;
+/// Heads at a time are at least so many, and give each multiprocessor at least so many rounds of workgroups.
+const LEAST_HEADS: usize = 2;
+const LEAST_ROUNDS: f64 = 1.9;
 
 /// Of how many heads at a time a kernel that streams over keys takes its units.
 ///
 /// Workgroups of one head that began one after the other are `tokens` / (multiprocessors / heads at a time) keys apart, and
-/// the later one finds keys and values in the cache if it holds what all heads read in between. Where it does not, an H100's
-/// forward with 8 heads of 128 falls from 300 TFLOP/s at 32,768 tokens to 288 at 98,304, 277 at 131,072 and 252 at 262,144.
-/// There as few heads go at a time as make two workgroups for each multiprocessor, so that none waits long for the last.
-/// (By calculation: misses fall from all to 1 % of loads, and the time of the last workgroups does not grow. Not measured
-/// yet; nor is it for shorter sequences, where an H200 is 3 % faster at 18,432 tokens with 2 kv heads than with 8.)
+/// the later one finds keys and values in the cache if it holds what all heads read in between. Where it may not, as few
+/// heads go at a time as keep all multiprocessors busy to the end. Forward on an H200 in milliseconds, all heads at a time
+/// / the number here: head_dim 128, 8 heads of 49,152 tokens 16.8 / 16.5, 98,304 69.8 / 67.3, 131,072 128.5 / 121.9; 32 of
+/// 4,096 0.553 / 0.543, of 18,432 9.65 / 9.50; 128 of 1,024 0.219 / 0.202, of 2,048 0.670 / 0.605. (One head at a time:
+/// 17.5, 70.6 and 117.0 with 8 heads. Of 32,768 and fewer tokens 8 heads gain nothing.)
 pub(super) fn heads_at_once(caps: &Caps, shape: &FlashShape, tile: &Tile) -> usize {
     let FlashShape { tokens, heads, head_dim, element, .. } = *shape;
     let blocks = tokens.div_ceil(tile.block_m);
     let of_token = 2 * head_dim * element.bytes() as usize;
-    let between = heads * heads * tokens / caps.processors.get() * of_token;
-    let rounds = |at_once: usize| at_once * blocks * tile.invocations / (caps.processors.get() * RESIDENT);
-    let fewest = || (1..=heads).find(|&at_once| heads.is_multiple_of(at_once) && rounds(at_once) >= 2);
-    let few = if tile.matrix.is_some() && between > CACHE_BYTES { fewest() } else { None };
-    few.unwrap_or(heads)
+    if tile.matrix.is_none() || heads * heads * tokens / caps.processors.get() * of_token < BETWEEN_BYTES {
+        return heads;
+    }
+    let rounds =
+        |at_once: usize| (at_once * blocks * tile.invocations) as f64 / (caps.processors.get() * RESIDENT) as f64;
+    let fewest = (LEAST_HEADS..heads).find(|&at_once| heads.is_multiple_of(at_once) && rounds(at_once) >= LEAST_ROUNDS);
+    fewest.unwrap_or(heads)
 }
 
 /// One dispatch's part of a kernel's units. A unit is a workgroup's work: a block of one head of one batch entry.
@@ -211,8 +216,12 @@ mod tests {
             heads_at_once(&caps, &shape, &tile)
         };
         assert_eq!(of(32_768, 8, Element::F16), 8);
-        assert_eq!(of(98_304, 8, Element::F16), 1);
+        assert_eq!(of(49_152, 8, Element::F16), 2);
+        assert_eq!(of(262_144, 8, Element::F16), 2);
+        assert_eq!(of(262_144, 1, Element::F16), 1);
+        assert_eq!(of(4_096, 32, Element::F16), 8);
         assert_eq!(of(18_432, 32, Element::F16), 2);
+        assert_eq!(of(1_024, 128, Element::F16), 32);
         assert_eq!(of(98_304, 8, Element::F32), 8);
     }
 
