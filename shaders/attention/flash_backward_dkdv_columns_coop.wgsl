@@ -59,6 +59,8 @@ fn main(
         if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
             #for h in 0..LOAD_VECTORS
             staged[stage_at + $su * STAGE_ROWS * STRIDE + $hu] = vector_of_load(next_q$s, $hu);
+            #end
+            #for h in 0..LOAD_VECTORS
             staged[TILE + stage_at + $su * STAGE_ROWS * STRIDE + $hu] = vector_of_load(next_d_o$s, $hu);
             #end
         }
@@ -127,8 +129,11 @@ fn main(
                 #for s in 0..STAGES
                 if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
                     let at = next + stage_at + $su * STAGE_ROWS * STRIDE;
+                    // Each tensor's stores by themselves: see flash_forward_rows_coop.
                     #for h in 0..LOAD_VECTORS
                     staged[at + $hu] = vector_of_load(ahead_q$s[($uu + 1u) % AHEAD], $hu);
+                    #end
+                    #for h in 0..LOAD_VECTORS
                     staged[at + TILE + $hu] = vector_of_load(ahead_d_o$s[($uu + 1u) % AHEAD], $hu);
                     #end
                 }

@@ -73,6 +73,8 @@ fn main(
             let at = select(second_now, 0u, in_first) + $su * STAGE_ROWS * stage_stride;
             #for h in 0..LOAD_VECTORS
             staged[at + stage_at + $hu] = vector_of_load(next_q$s, $hu);
+            #end
+            #for h in 0..LOAD_VECTORS
             staged[at + stage_d_o + $hu] = vector_of_load(next_d_o$s, $hu);
             #end
         }
@@ -190,8 +192,11 @@ fn main(
                 #for s in 0..STAGES
                 if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
                     let at = select(second_next, first_before, in_first) + $su * STAGE_ROWS * stage_stride;
+                    // Each tensor's stores by themselves: see flash_forward_rows_coop.
                     #for h in 0..LOAD_VECTORS
                     staged[at + stage_at + $hu] = vector_of_load(next_q$s, $hu);
+                    #end
+                    #for h in 0..LOAD_VECTORS
                     staged[at + stage_d_o + $hu] = vector_of_load(next_d_o$s, $hu);
                     #end
                 }

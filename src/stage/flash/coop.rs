@@ -26,6 +26,9 @@ const ROWS_SUBGROUPS: usize = 4;
 /// take 0.122 ms in place of 0.100, 320 0.166 in place of 0.166, 384 0.206 in place of 0.230. 80: 448 take 0.362 in place of
 /// 0.337, 512 0.416 in place of 0.420. 96: 2.21 in place of 2.17 at 18,432 tokens.)
 const ROWS: [(usize, usize); 2] = [(64, 384), (80, 512)];
+/// Head_dim at which `flash_forward_rows_coop` is faster with stores of keys and values in turns. (An H200, 18,432 tokens, in
+/// turns / apart: 16 0.856 / 0.852 ms, 32 1.128 / 1.058, 48 1.323 / 1.283, 64 1.414 / 1.442, 80 2.019 / 1.804.)
+const MIXED_HEAD_DIM: usize = 64;
 /// Where `flash_backward_dkdv_columns_coop` is faster than `flash_backward_dkdv_coop` on an H100: up to this head_dim its
 /// registers hold what it keeps.
 const COLUMNS_HEAD_DIM: usize = 96;
@@ -182,6 +185,7 @@ pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
                 ("CHUNKS", vectors / lanes),
                 ("LANE_BITS", lanes.ilog2() as usize),
                 ("STAGES", block_n.div_ceil(invocations / row_loads)),
+                ("MIXED", usize::from(head_dim == MIXED_HEAD_DIM)),
                 ("UNROLL", unroll(size, 4)),
             ],
             invocations,
@@ -293,6 +297,9 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
         return None;
     }
     let columns = depth.div_ceil(2);
+    // What the registers hold beside the results, which more subgroups share. (With three at head_dim 128 and two row parts
+    // they spill: 6.48 ms of whole backward in place of 5.88 at 18,432 tokens.)
+    let sets = if row_parts > 2 || columns <= 3 { 3 } else { 2 };
     fitting(
         caps,
         Tile {
@@ -306,8 +313,9 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
                 ("QUERY_MATRICES", SUBGROUPS / row_parts),
                 ("COLUMN_MATRICES", columns),
                 ("STAGES", step.div_ceil(invocations / row_loads)),
-                // The more subgroups share the results, the more loads the registers hold. A block of keys is four steps.
-                ("AHEAD", row_parts),
+                ("SETS", sets),
+                // A block of keys is four steps.
+                ("BODY", if sets > 2 { 4 } else { 2 * unroll(size, 2) }),
                 ("EARLY", columns.div_ceil(2)),
                 ("DS_BLOCK", ds_block(size)),
             ],
