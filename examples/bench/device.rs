@@ -1,6 +1,8 @@
 //! What the rows run on, how it is timed, and what is measured of it first: its copy bandwidth.
 
+use std::fs;
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use lighthouse_attention::{Caps, CpuExecutor, Element, Executor, Gpu, GpuExecutor, Recording, Tensor};
@@ -55,8 +57,28 @@ impl Clock {
 }
 
 impl Device {
-    pub fn open(backend: &str) -> Result<Self> {
-        Ok(Gpu::open(backend)?.map_or(Self::Cpu, |gpu| Self::Gpu(Box::new(gpu))))
+    /// `pipelines` is the folder for [`store_pipelines`](Self::store_pipelines).
+    pub fn open(backend: &str, pipelines: Option<&Path>) -> Result<Self> {
+        let gpu = Gpu::open(backend)?;
+        let Some(folder) = pipelines else { return Ok(gpu.map_or(Self::Cpu, |gpu| Self::Gpu(Box::new(gpu)))) };
+        let keeps = |gpu: &Gpu| gpu.device().features().contains(wgpu::Features::PIPELINE_CACHE);
+        let gpu = gpu.filter(keeps).ok_or("--pipelines: only a Vulkan device keeps its pipelines")?;
+        if fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some()) {
+            return Err(format!(
+                "--pipelines {}: not empty, and older pipelines would be among these",
+                folder.display()
+            )
+            .into());
+        }
+        Ok(Self::Gpu(Box::new(gpu.with_pipeline_cache(folder))))
+    }
+
+    /// Writes what the driver made of the kernels that were measured.
+    pub fn store_pipelines(&self) -> Result<()> {
+        match self {
+            Self::Gpu(gpu) => Ok(gpu.store_pipelines()?),
+            Self::Cpu => Ok(()),
+        }
     }
 
     /// Adapter, backend, driver and tier.

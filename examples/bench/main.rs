@@ -67,6 +67,9 @@ struct Args {
     /// Draws the layer's time over its tokens
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    /// Keeps the driver's pipelines, for tests/tools/nvidia_code.py: on Vulkan, in a folder of their own
+    #[arg(long, value_name = "FOLDER")]
+    pipelines: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -114,7 +117,7 @@ fn run(args: Args) -> Result<()> {
     let json = args.json.map(create).transpose()?;
     let svg = args.svg.map(create).transpose()?;
 
-    let device = Device::open(&args.backend)?;
+    let device = Device::open(&args.backend, args.pipelines.as_deref())?;
     let mut sizes = Sizes::of(device.kind());
     sizes.batch = args.batch.unwrap_or(sizes.batch);
     sizes.heads = args.heads.unwrap_or(sizes.heads);
@@ -133,6 +136,7 @@ fn run(args: Args) -> Result<()> {
         report::print_header(group.name, group.about, bench.baseline.is_some());
         (group.run)(&mut bench)
     });
+    bench.device.store_pipelines()?;
     targets::print(&targets::marks(&bench.report, bench.baseline.as_ref(), bench.bandwidth));
     if let Some(mut file) = json {
         serde_json::to_writer_pretty(&mut file, &bench.report)?;
