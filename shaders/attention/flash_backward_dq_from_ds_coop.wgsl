@@ -159,6 +159,7 @@ fn main(
     #for c in 0..COLUMN_MATRICES
     key_matrix[0][$c] = load_keys(keys_at + $cu * MATRIX_VECTORS);
     #end
+    // The first step's products, as in the loop.
     #for r in 0..QUERY_MATRICES
     ds_matrix[1][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE + MATRIX_VECTORS);
     #end

@@ -298,8 +298,8 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
     }
     let columns = depth.div_ceil(2);
     // What the registers hold beside the results, which more subgroups share. (With three at head_dim 128 and two row parts
-    // they spill: 6.48 ms of whole backward in place of 5.88 at 18,432 tokens.)
-    let sets = if row_parts > 2 || columns <= 3 { 3 } else { 2 };
+    // they spill: 6.48 ms of whole backward in place of 5.88 at 18,432 tokens.) Three make a longer body too.
+    let sets = if columns <= 3 || (size == 16 && row_parts > 2) { 3 } else { 2 };
     fitting(
         caps,
         Tile {
