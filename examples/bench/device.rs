@@ -63,12 +63,12 @@ impl Device {
         let Some(folder) = pipelines else { return Ok(gpu.map_or(Self::Cpu, |gpu| Self::Gpu(Box::new(gpu)))) };
         let keeps = |gpu: &Gpu| gpu.device().features().contains(wgpu::Features::PIPELINE_CACHE);
         let gpu = gpu.filter(keeps).ok_or("--pipelines: only a Vulkan device keeps its pipelines")?;
-        if fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some()) {
-            return Err(format!(
-                "--pipelines {}: not empty, and older pipelines would be among these",
-                folder.display()
-            )
-            .into());
+        // Made now, so that a folder that cannot be written costs no measuring.
+        let problem = |problem: String| format!("--pipelines {}: {problem}", folder.display());
+        let files =
+            fs::create_dir_all(folder).and_then(|()| fs::read_dir(folder)).map_err(|e| problem(e.to_string()))?;
+        if files.count() > 0 {
+            return Err(problem("not empty, and older pipelines would be among these".into()).into());
         }
         Ok(Self::Gpu(Box::new(gpu.with_pipeline_cache(folder))))
     }

@@ -136,7 +136,6 @@ fn run(args: Args) -> Result<()> {
         report::print_header(group.name, group.about, bench.baseline.is_some());
         (group.run)(&mut bench)
     });
-    bench.device.store_pipelines()?;
     targets::print(&targets::marks(&bench.report, bench.baseline.as_ref(), bench.bandwidth));
     if let Some(mut file) = json {
         serde_json::to_writer_pretty(&mut file, &bench.report)?;
@@ -148,7 +147,7 @@ fn run(args: Args) -> Result<()> {
             None => eprintln!("bench: no chart: no layer was measured"),
         }
     }
-    outcome
+    outcome.and(bench.device.store_pipelines())
 }
 
 fn create(path: PathBuf) -> Result<File> {
