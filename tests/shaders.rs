@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use lighthouse_attention::gpu::{Kernel, SHADERS};
+use lighthouse_attention::gpu::{ComponentLayout, Kernel, MatrixKind, SHADERS, layout_kernel};
 use lighthouse_attention::model::{Model, ModelConfig};
 use lighthouse_attention::nn::adamw::AdamW;
 use lighthouse_attention::stage::flash::{self, FlashShape, Layout};
@@ -141,13 +141,30 @@ fn recordings(caps: &Caps, head_dims: &[usize]) -> Result<Vec<Recording>> {
     Ok(recordings)
 }
 
-/// Each WGSL text that can be recorded, once, with a kernel that composes to it.
+/// A device that tells how it holds its matrices, as Vulkan's do, if there is one with such matrices and subgroups:
+/// NVIDIA's or lavapipe's.
+fn with_layouts(caps: &Caps) -> Option<Caps> {
+    let (size, layout) = match (caps.tier, caps.subgroup) {
+        (Tier::Coop16, 32) => (16, ComponentLayout { rows: 2, columns: 4, run: 2 }),
+        (Tier::Coop8, 8) => (8, ComponentLayout { rows: 8, columns: 1, run: 1 }),
+        _ => return None,
+    };
+    let kinds = [Element::F16, Element::F32].map(|factors| MatrixKind { size, factors });
+    let layouts = kinds.into_iter().filter(|kind| caps.matrices.contains(kind)).map(|kind| (kind, layout)).collect();
+    Some(Caps { layouts, ..caps.clone() })
+}
+
+/// Each WGSL text that can be recorded, or that asks a device for its layouts, once, with a kernel that composes to it.
 fn variants() -> Result<HashMap<String, Kernel>> {
     let mut kernels = HashSet::new();
     for gpu in devices() {
-        for recording in recordings(gpu.caps(), &head_dims())? {
-            kernels.extend(recording.commands().iter().flat_map(|command| command.kernels().cloned()));
+        for caps in [Some(gpu.caps().clone()), with_layouts(gpu.caps())].into_iter().flatten() {
+            for recording in recordings(&caps, &head_dims())? {
+                kernels.extend(recording.commands().iter().flat_map(|command| command.kernels().cloned()));
+            }
         }
+        let caps = gpu.caps();
+        kernels.extend([Element::F16, Element::F32].into_iter().filter_map(|e| layout_kernel(caps, caps.tier, e)));
     }
     // A text may be valid on two tiers: the lesser must hold it.
     let mut kernels: Vec<Kernel> = kernels.into_iter().collect();
@@ -172,7 +189,7 @@ fn every_file_is_registered() {
 fn every_shader_is_recorded() -> Result<()> {
     let recorded: HashSet<&str> = variants()?.values().map(Kernel::shader).collect();
     for (name, _) in SHADERS.iter().filter(|(name, _)| !name.starts_with("shared/")) {
-        assert!(recorded.contains(name), "no recording runs shaders/{name}.wgsl");
+        assert!(recorded.contains(name), "nothing runs shaders/{name}.wgsl");
     }
     Ok(())
 }
@@ -189,6 +206,10 @@ fn translate(source: &str, kernel: &Kernel) -> Result<(), String> {
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .map_err(|e| format!("not valid: {}", e.emit_to_string(source)))?;
+    if kernel.spirv().map_err(|e| e.to_string())?.is_some() {
+        // It is for Vulkan alone, and its WGSL means nothing.
+        return Ok(());
+    }
     let options = spv::Options { lang_version: (1, 3), ..spv::Options::default() };
     spv::write_vec(&module, &info, &options, None).map_err(|e| format!("SPIR-V: {e}"))?;
     let options = msl::Options { lang_version: (2, 4), ..msl::Options::default() };

@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 
 use crate::error::{Error, Result};
+use crate::gpu::components::ComponentLayout;
 use crate::tensor::Element;
 
 /// The kernel families, in ascending order of preference.
@@ -94,6 +95,8 @@ pub struct Caps {
     pub timestamps: bool,
     /// Cooperative matrices; none where the size of a subgroup is not known.
     pub matrices: Vec<MatrixKind>,
+    /// How subgroups hold those of the matrices whose components kernels can reach.
+    pub layouts: Vec<(MatrixKind, ComponentLayout)>,
     /// Invocations of a subgroup; 0 if unknown.
     pub subgroup: usize,
     /// Invocations of the smallest subgroup whose invocations can exchange values; 0 if they cannot.
@@ -130,6 +133,7 @@ impl Default for Caps {
             shader_f16: false,
             timestamps: false,
             matrices: Vec::new(),
+            layouts: Vec::new(),
             subgroup: 0,
             exchange: 0,
             lone_barriers: false,
@@ -201,6 +205,13 @@ impl Caps {
     /// Whether the device has a tier's cooperative matrices for factors of this type.
     pub fn has_matrix(&self, tier: Tier, factors: Element) -> bool {
         tier.matrix().is_some_and(|size| self.matrices.contains(&MatrixKind { size, factors }))
+    }
+
+    /// How a subgroup holds a tier's cooperative matrices, if kernels can reach the components of those with factors of
+    /// this type.
+    pub fn layout(&self, tier: Tier, factors: Element) -> Option<ComponentLayout> {
+        let matrix = MatrixKind { size: tier.matrix()?, factors };
+        self.layouts.iter().find(|(kind, _)| *kind == matrix).map(|&(_, layout)| layout)
     }
 
     fn set_tier(&mut self, tier: Tier) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::gpu::caps::{Caps, Tier};
+use crate::gpu::components;
 use crate::gpu::kernel::{Kernel, Pipeline};
 use crate::gpu::pipeline_cache::PipelineCache;
 
@@ -139,6 +140,7 @@ impl Gpu {
             | wgpu::Features::SUBGROUP
             | wgpu::Features::SUBGROUP_BARRIER
             | wgpu::Features::PIPELINE_CACHE
+            | wgpu::Features::PASSTHROUGH_SHADERS
             | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("lighthouse-attention"),
@@ -150,15 +152,14 @@ impl Gpu {
         };
         let (device, queue) =
             pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| Error::Gpu(e.to_string()))?;
-        let mut gpu =
-            Self::from_device(device, queue).with_cooperative_matrices(&adapter.cooperative_matrix_properties());
+        let mut gpu = Self::from_device(device, queue);
         let info = adapter.get_info();
         gpu.name = format!("{} ({:?}, {} {})", info.name, info.backend, info.driver, info.driver_info);
         let lost = gpu.lost.clone();
         gpu.device.on_uncaptured_error(Arc::new(move |error| {
             lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.to_string());
         }));
-        Ok(gpu)
+        Ok(gpu.with_cooperative_matrices(&adapter.cooperative_matrix_properties()))
     }
 
     /// Takes a device of the caller's. Its error handlers stay the caller's. For the tiers with cooperative matrices
@@ -180,9 +181,11 @@ impl Gpu {
     /// The same device with its adapter's cooperative matrices, of which a device itself tells nothing
     /// ([`wgpu::Adapter::cooperative_matrix_properties`]), and with the best tier that it has then. They count if the
     /// device was made with SHADER_F16, SUBGROUP, SUBGROUP_BARRIER and EXPERIMENTAL_COOPERATIVE_MATRIX, and if its
-    /// subgroups have one size.
+    /// subgroups have one size. With PASSTHROUGH_SHADERS as well, on Vulkan, kernels may reach the components of the
+    /// matrices, which makes attention faster; a small kernel runs here for each kind of matrix and finds out.
     pub fn with_cooperative_matrices(mut self, properties: &[wgpu::CooperativeMatrixProperties]) -> Self {
         self.caps = Caps::of_device(&self.device, properties);
+        self.caps.layouts = components::layouts(&self.device, &self.queue, &self.caps);
         self
     }
 

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::gpu::caps::{Caps, Tier};
+use crate::gpu::components::{ComponentLayout, to_spirv};
 use crate::gpu::shader::{BindingKind, Composed, Reflection, compose, parse, reflect};
 use crate::tensor::Element;
 
@@ -92,6 +93,7 @@ pub struct Kernel {
     tier: Tier,
     elements: Vec<(&'static str, Element)>,
     matrices: Option<(usize, Element)>,
+    components: Option<ComponentLayout>,
     wide: Option<&'static str>,
     module: Option<&'static str>,
     constants: Vec<(&'static str, Constant)>,
@@ -105,6 +107,7 @@ impl Kernel {
             tier: caps.tier,
             elements: Vec::new(),
             matrices: None,
+            components: None,
             wide: None,
             module: None,
             constants: Vec::new(),
@@ -128,11 +131,22 @@ impl Kernel {
     }
 
     /// Gives the shader cooperative matrices of `size` rows and columns with factors of this type: `MatrixA` and
-    /// `MatrixB`, their product `MatrixC` in f32, and `const MATRIX: u32`, the size; and with them the module that
-    /// moves factors from storage in loads of 16 bytes, which are `const LOAD_VECTORS: u32` vectors of four.
+    /// `MatrixB`, their elements' type `factor`, their product `MatrixC` in f32, and `const MATRIX: u32`, the size; and
+    /// with them the module that moves factors from storage in loads of 16 bytes, which are `const LOAD_VECTORS: u32`
+    /// vectors of four.
     pub(crate) fn matrices(mut self, size: usize, factors: Element) -> Self {
         self.matrices = Some((size, factors));
         self.constant("MATRIX", size).constant("LOAD_VECTORS", 4 / factors.bytes() as usize)
+    }
+
+    /// Gives the shader the components of its cooperative matrices (`shaders/shared/components.wgsl`), held in this layout,
+    /// which is `COMPONENT_ROWS`, `COMPONENT_COLUMNS` and `COMPONENT_RUN`. It runs on devices with such a layout only
+    /// ([`Caps::layout`]).
+    pub(crate) fn components(mut self, layout: ComponentLayout) -> Self {
+        self.components = Some(layout);
+        self.constant("COMPONENT_ROWS", layout.rows)
+            .constant("COMPONENT_COLUMNS", layout.columns)
+            .constant("COMPONENT_RUN", layout.run)
     }
 
     /// Gives the shader loads of 16 bytes of this type: `alias wide` with `const WIDE: u32` vectors of four, `unpack_wide`
@@ -199,13 +213,15 @@ impl Kernel {
             prelude.push_str(&format!(
                 "enable wgpu_cooperative_matrix;\n\
                  diagnostic(off, derivative_uniformity);\n\
+                 alias factor = {scalar};\n\
                  alias MatrixA = coop_mat{size}x{size}<{scalar}, A>;\n\
                  alias MatrixB = coop_mat{size}x{size}<{scalar}, B>;\n\
                  alias MatrixC = coop_mat{size}x{size}<f32, C>;\n\
                  #import shared/{load}\n"
             ));
         }
-        for module in self.wide.into_iter().chain(self.module) {
+        let components = self.components.map(|_| "shared/components");
+        for module in self.wide.into_iter().chain(components).chain(self.module) {
             prelude.push_str(&format!("#import {module}\n"));
         }
         for (name, element) in &self.elements {
@@ -248,6 +264,18 @@ impl Kernel {
             .collect();
         compose(self.shader, &self.prelude(), &numbers)
     }
+
+    /// The SPIR-V that a device gets instead of the WGSL, for a kernel with components of cooperative matrices.
+    ///
+    /// # Errors
+    /// [`Error::Shader`] if the kernel is not valid.
+    pub fn spirv(&self) -> Result<Option<Vec<u32>>> {
+        if self.components.is_none() {
+            return Ok(None);
+        }
+        let module = parse(self.shader, &self.compose()?)?;
+        to_spirv(&module, self.shader).map(Some)
+    }
 }
 
 /// A built kernel.
@@ -268,7 +296,9 @@ impl Pipeline {
     ) -> Result<Self> {
         let name = kernel.shader;
         let composed = kernel.compose()?;
-        let reflection = reflect(name, &parse(name, &composed)?)?;
+        let parsed = parse(name, &composed)?;
+        let reflection = reflect(name, &parsed)?;
+        let spirv = kernel.components.map(|_| to_spirv(&parsed, name)).transpose()?;
         check(name, &reflection, fields, &device.limits())?;
         let entries: Vec<wgpu::BindGroupLayoutEntry> = reflection
             .bindings
@@ -295,7 +325,10 @@ impl Pipeline {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let module = shader_module(device, name, &composed);
+        let module = match spirv {
+            Some(spirv) => passthrough_module(device, name, spirv),
+            None => shader_module(device, name, &composed),
+        };
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&pipeline_layout),
@@ -325,6 +358,22 @@ fn shader_module(device: &wgpu::Device, name: &str, composed: &Composed) -> wgpu
     let source = wgpu::ShaderSource::Wgsl(composed.source.as_str().into());
     // SAFETY: every index is bounded by the shapes that the host checked, and no loop is unbounded.
     unsafe { device.create_shader_module_trusted(wgpu::ShaderModuleDescriptor { label: Some(name), source }, checks) }
+}
+
+#[allow(unsafe_code, reason = "what naga wrote of a valid module, with components of matrices taken and set in it")]
+fn passthrough_module(device: &wgpu::Device, name: &str, spirv: Vec<u32>) -> wgpu::ShaderModule {
+    // SAFETY: as in `shader_module`; bindings are numbered as wgpu numbers them (`to_spirv`), and `check` has compared the
+    // workgroup with the device's limits.
+    unsafe {
+        device.create_shader_module_passthrough(wgpu::ShaderModuleDescriptorPassthrough {
+            label: Some(name),
+            // Vulkan reads the workgroup's size from the SPIR-V.
+            entry_points: vec![wgpu::PassthroughShaderEntryPoint { name: "main".into(), workgroup_size: (0, 0, 0) }]
+                .into(),
+            spirv: Some(spirv.into()),
+            ..Default::default()
+        })
+    }
 }
 
 /// Host and shader must agree on parameters; the device must hold the workgroup.

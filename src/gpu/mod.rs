@@ -1,6 +1,7 @@
 //! Everything that touches wgpu: adapters, capabilities, shader composition, pipelines and the executor.
 
 mod caps;
+mod components;
 mod context;
 mod executor;
 mod kernel;
@@ -10,6 +11,7 @@ mod profile;
 mod shader;
 
 pub use caps::{Caps, MatrixKind, Tier};
+pub use components::{ComponentLayout, layout_kernel};
 pub use context::{Gpu, NO_DRIVER_HINT, adapters, parse_backends};
 pub use executor::GpuExecutor;
 pub use kernel::Kernel;

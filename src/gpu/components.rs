@@ -1,0 +1,556 @@
+//! Components of cooperative matrices: the elements that an invocation holds.
+//!
+//! WGSL has no words for them, SPIR-V has. A kernel declares functions between a matrix and an array of its components
+//! (`shaders/shared/components.wgsl`); it is translated to SPIR-V here, where they get their bodies, and goes to the driver
+//! past wgpu. Which elements a lane holds is the driver's own choice, so a kernel asks each device for it.
+
+use std::collections::HashMap;
+use std::sync::mpsc;
+
+use naga::back::spv;
+use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use spirv::Op;
+
+use crate::error::{Error, Result};
+use crate::gpu::caps::{Caps, MatrixKind, Tier};
+use crate::gpu::kernel::{Kernel, Pipeline};
+use crate::tensor::Element;
+
+/// How a subgroup holds a cooperative matrix, be it a first factor or a product: each lane has `rows * columns` components.
+///
+/// NVIDIA's matrices of 16x16 have 2 rows of 4 columns in runs of 2, lavapipe's of 8x8 have 8 rows of 1 column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ComponentLayout {
+    /// Rows of the matrix that a lane has components of, evenly spaced.
+    pub rows: usize,
+    /// Components that it has of each.
+    pub columns: usize,
+    /// Neighbouring columns among them.
+    pub run: usize,
+}
+
+impl ComponentLayout {
+    /// Row and column of a lane's component in a matrix of `size` rows and columns.
+    pub fn position(&self, size: usize, lane: usize, component: usize) -> (usize, usize) {
+        let Self { rows, columns, run } = *self;
+        let row_lanes = size / columns;
+        let (h, c) = (component / columns, component % columns);
+        (h * (size / rows) + lane / row_lanes, lane % row_lanes * run + c % run + c / run * row_lanes * run)
+    }
+
+    /// All layouts of a matrix, each one once: where one lane has all of a row, its run is the whole row.
+    fn candidates(size: usize, subgroup: usize) -> impl Iterator<Item = Self> {
+        let divisors = move |n: usize| (1..=n).rev().filter(move |divisor| n.is_multiple_of(*divisor));
+        divisors(size)
+            .flat_map(move |rows| divisors(size).map(move |columns| (rows, columns)))
+            .filter(move |(rows, columns)| rows * columns * subgroup == size * size)
+            .flat_map(move |(rows, columns)| divisors(columns).map(move |run| Self { rows, columns, run }))
+    }
+
+    /// The layout that explains what each subgroup wrote in `shaders/gpu/matrix_layout.wgsl`.
+    fn of_values(size: usize, subgroup: usize, values: &[f32]) -> Option<Self> {
+        let elements = size * size;
+        let components = elements / subgroup;
+        let explains = |layout: &Self| {
+            values.chunks(elements).enumerate().all(|(part, values)| {
+                values.iter().enumerate().all(|(at, &value)| {
+                    let (row, column) = layout.position(size, at / components, at % components);
+                    let is_matrix = part % 4 >= 2;
+                    value == if is_matrix { at + 1 } else { row * size + column } as f32
+                })
+            })
+        };
+        Self::candidates(size, subgroup).find(explains)
+    }
+}
+
+/// Subgroups of a workgroup of the kernel that asks for a layout.
+const SUBGROUPS: usize = 2;
+
+/// The kernel that asks a device how it holds a tier's matrices with factors of this type; `None` if it does not have them.
+/// No recording has it.
+pub fn layout_kernel(caps: &Caps, tier: Tier, factors: Element) -> Option<Kernel> {
+    let size = tier.matrix().filter(|_| caps.has_matrix(tier, factors))?;
+    let components = (size * size).checked_div(caps.subgroup).filter(|n| n * caps.subgroup == size * size)?;
+    let caps = Caps { tier, ..caps.clone() };
+    let kernel = Kernel::new(&caps, "gpu/matrix_layout")
+        .element("elem", factors)
+        .matrices(size, factors)
+        // Only how many there are is known.
+        .components(ComponentLayout { rows: 1, columns: components, run: 1 })
+        .constant("SUBGROUP", caps.subgroup)
+        .constant("SUBGROUPS", SUBGROUPS);
+    Some(kernel)
+}
+
+/// How a device holds its matrices, as far as it lets kernels reach their components. Whatever goes wrong on the way leaves
+/// a device without: the other kernels serve it.
+pub(super) fn layouts(device: &wgpu::Device, queue: &wgpu::Queue, caps: &Caps) -> Vec<(MatrixKind, ComponentLayout)> {
+    let vulkan = device.adapter_info().backend == wgpu::Backend::Vulkan;
+    if !vulkan || !device.features().contains(wgpu::Features::PASSTHROUGH_SHADERS) {
+        return Vec::new();
+    }
+    let mut layouts = Vec::new();
+    for tier in caps.tiers() {
+        for factors in [Element::F16, Element::F32] {
+            let (Some(size), Some(kernel)) = (tier.matrix(), layout_kernel(caps, tier, factors)) else { continue };
+            match run(device, queue, &kernel, SUBGROUPS * 4 * size * size) {
+                Ok(values) => {
+                    let layout = ComponentLayout::of_values(size, caps.subgroup, &values);
+                    tracing::debug!(%tier, ?factors, ?layout, "components of cooperative matrices");
+                    layouts.extend(layout.map(|layout| (MatrixKind { size, factors }, layout)));
+                }
+                Err(error) => tracing::debug!(%tier, ?factors, %error, "no components of cooperative matrices"),
+            }
+        }
+    }
+    layouts
+}
+
+/// Runs one workgroup of a kernel whose one binding holds so many values, and reads them. The device's errors are caught,
+/// and not the business of its error handler.
+fn run(device: &wgpu::Device, queue: &wgpu::Queue, kernel: &Kernel, values: usize) -> Result<Vec<f32>> {
+    let filters = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal];
+    let scopes = filters.map(|filter| device.push_error_scope(filter));
+    let values = run_uncaught(device, queue, kernel, 4 * values as u64);
+    let caught = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).last();
+    caught.map_or(values, |error| Err(Error::Gpu(error.to_string())))
+}
+
+fn run_uncaught(device: &wgpu::Device, queue: &wgpu::Queue, kernel: &Kernel, size: u64) -> Result<Vec<f32>> {
+    let gpu_error = |error: &dyn std::error::Error| Error::Gpu(error.to_string());
+    let label = Some(kernel.shader());
+    let Pipeline { pipeline, layout, .. } = Pipeline::new(device, kernel, &[], None)?;
+    let buffer =
+        |usage| device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
+    let out = buffer(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
+    let readback = buffer(wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST);
+    let entries = &[wgpu::BindGroupEntry { binding: 0, resource: out.as_entire_binding() }];
+    let bind_group = device.create_bind_group(&wgpu::BindGroupDescriptor { label, layout: &layout, entries });
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
+    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
+    pass.set_pipeline(&pipeline);
+    pass.set_bind_group(0, &bind_group, &[]);
+    pass.dispatch_workgroups(1, 1, 1);
+    drop(pass);
+    encoder.copy_buffer_to_buffer(&out, 0, &readback, 0, size);
+    queue.submit([encoder.finish()]);
+    let (send, receive) = mpsc::channel();
+    readback.map_async(wgpu::MapMode::Read, .., move |result| {
+        let _ = send.send(result);
+    });
+    device.poll(wgpu::PollType::wait_indefinitely()).map_err(|e| gpu_error(&e))?;
+    receive.try_recv().map_err(|e| gpu_error(&e))?.map_err(|e| gpu_error(&e))?;
+    let bytes = readback.get_mapped_range(..).map_err(|e| gpu_error(&e))?;
+    Ok(bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect())
+}
+
+/// Translates a kernel, and fills in its functions between matrices and their components.
+pub(super) fn to_spirv(module: &naga::Module, shader: &str) -> Result<Vec<u32>> {
+    fill(&translate(module, shader)?).map_err(|message| shader_error(shader, format!("SPIR-V: {message}")))
+}
+
+fn shader_error(shader: &str, message: String) -> Error {
+    Error::Shader { shader: format!("shaders/{shader}.wgsl"), message }
+}
+
+/// Translates a kernel as wgpu does.
+fn translate(module: &naga::Module, shader: &str) -> Result<Vec<u32>> {
+    let error = |message| shader_error(shader, message);
+    let capabilities = Capabilities::COOPERATIVE_MATRIX
+        | Capabilities::SHADER_FLOAT16
+        | Capabilities::SHADER_FLOAT16_IN_FLOAT32
+        | Capabilities::SUBGROUP
+        | Capabilities::SUBGROUP_BARRIER;
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .validate(module)
+        .map_err(|e| error(e.emit_to_string("")))?;
+    // wgpu numbers the bindings of a group in their order, without gaps.
+    let mut bindings: Vec<_> = module.global_variables.iter().filter_map(|(_, variable)| variable.binding).collect();
+    bindings.sort_unstable();
+    let info_of = |(number, binding): (usize, naga::ResourceBinding)| {
+        let number = number as u32;
+        (binding, spv::BindingInfo { descriptor_set: binding.group, binding: number, binding_array_size: None })
+    };
+    // As `shader_module` does.
+    let checks = cfg!(debug_assertions);
+    let bounds = if checks { BoundsCheckPolicy::Restrict } else { BoundsCheckPolicy::Unchecked };
+    let options = spv::Options {
+        // That of Vulkan 1.3, which is older than cooperative matrices.
+        lang_version: (1, 6),
+        // The names of functions.
+        flags: spv::WriterFlags::DEBUG,
+        binding_map: bindings.into_iter().enumerate().map(info_of).collect(),
+        bounds_check_policies: BoundsCheckPolicies {
+            index: bounds,
+            buffer: bounds,
+            image_load: bounds,
+            binding_array: BoundsCheckPolicy::Unchecked,
+        },
+        force_loop_bounding: checks,
+        emit_int_div_checks: checks,
+        // Not every device has it, and no kernel uses it.
+        use_storage_input_output_16: false,
+        zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
+        ..spv::Options::default()
+    };
+    let entry = spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
+    spv::write_vec(module, &info, &options, Some(&entry)).map_err(|e| error(e.to_string()))
+}
+
+/// What a function does.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// From a matrix to its components.
+    Apart,
+    /// From components to their matrix.
+    Together,
+}
+
+impl Way {
+    /// What a function does, by the words of its name.
+    fn of_name(words: &[u32]) -> Option<Self> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).take_while(|byte| *byte != 0).collect();
+        if bytes.starts_with(b"components_of_") {
+            Some(Self::Apart)
+        } else {
+            bytes.ends_with(b"_of_components").then_some(Self::Together)
+        }
+    }
+}
+
+/// A function that gets a body.
+struct Function {
+    way: Way,
+    result_type: u32,
+    /// Its type and itself.
+    parameter: Option<(u32, u32)>,
+}
+
+/// SPIR-V in the making.
+struct Writer {
+    words: Vec<u32>,
+    /// The next id.
+    bound: u32,
+}
+
+impl Writer {
+    fn push(&mut self, op: Op, operands: &[u32]) {
+        self.words.push((operands.len() as u32 + 1) << 16 | op as u32);
+        self.words.extend_from_slice(operands);
+    }
+
+    fn id(&mut self) -> u32 {
+        self.bound += 1;
+        self.bound - 1
+    }
+
+    /// An instruction with a result.
+    fn value(&mut self, op: Op, result_type: u32, operands: &[u32]) -> u32 {
+        let id = self.id();
+        self.push(op, &[&[result_type, id], operands].concat());
+        id
+    }
+}
+
+/// An instruction's opcode, its operands, and all its words.
+type Instruction<'a> = (Option<Op>, &'a [u32], &'a [u32]);
+
+/// The instructions of a module's words after the header.
+fn instructions(mut words: &[u32]) -> impl Iterator<Item = Result<Instruction<'_>, &'static str>> {
+    std::iter::from_fn(move || {
+        let first = *words.first()?;
+        let split = words.split_at_checked((first >> 16) as usize);
+        let Some((instruction @ [_, operands @ ..], rest)) = split else {
+            words = &[];
+            return Some(Err("an instruction with a wrong length"));
+        };
+        words = rest;
+        Some(Ok((Op::from_u32(first & 0xffff), operands, instruction)))
+    })
+}
+
+/// Gives the functions named `components_of_..` and `.._of_components` their bodies, and leaves the rest as it is.
+fn fill(words: &[u32]) -> Result<Vec<u32>, &'static str> {
+    let [magic, version, generator, bound, schema, code @ ..] = words else { return Err("no header") };
+    let mut writer = Writer { words: Vec::with_capacity(words.len()), bound: *bound };
+    let mut ways = HashMap::new();
+    let mut constants = HashMap::new();
+    // By their own ids: the type of a matrix's components, and that of an array's with the id of its length.
+    let mut matrices = HashMap::new();
+    let mut arrays = HashMap::new();
+    let mut current: Option<Function> = None;
+    for instruction in instructions(code) {
+        let (op, operands, whole) = instruction?;
+        match (op, operands) {
+            (Some(Op::Name), [id, name @ ..]) => ways.extend(Way::of_name(name).map(|way| (*id, way))),
+            (Some(Op::Constant), [_, id, value]) => drop(constants.insert(*id, *value)),
+            (Some(Op::TypeCooperativeMatrixKHR), [id, component, ..]) => drop(matrices.insert(*id, *component)),
+            (Some(Op::TypeArray), [id, component, length]) => drop(arrays.insert(*id, (*component, *length))),
+            (Some(Op::Function), [result_type, id, ..]) => {
+                let function = |way: &Way| Function { way: *way, result_type: *result_type, parameter: None };
+                current = ways.get(id).map(function);
+            }
+            (Some(Op::FunctionParameter), [of_type, id]) => {
+                if let Some(function) = &mut current
+                    && function.parameter.replace((*of_type, *id)).is_some()
+                {
+                    return Err("a function of components with a second argument");
+                }
+            }
+            (Some(Op::FunctionEnd), _) => {
+                if let Some(Function { way, result_type, parameter }) = current.take() {
+                    let (of_type, parameter) = parameter.ok_or("a function of components without an argument")?;
+                    let (matrix, array) = match way {
+                        Way::Apart => (of_type, result_type),
+                        Way::Together => (result_type, of_type),
+                    };
+                    let component = matrices.get(&matrix).ok_or("components of what is no cooperative matrix")?;
+                    let (_, length) = arrays
+                        .get(&array)
+                        .filter(|(of_array, _)| of_array == component)
+                        .ok_or("components that are no array of the matrix's type")?;
+                    let count = constants.get(length).ok_or("an array whose length is no constant")?;
+                    body(&mut writer, way, result_type, parameter, *component, *count)?;
+                }
+            }
+            // A body of its own would be lost.
+            (Some(Op::Label | Op::Branch | Op::ReturnValue), _) if current.is_some() => continue,
+            _ if current.is_some() => return Err("a function of components with a body"),
+            _ => {}
+        }
+        writer.words.extend_from_slice(whole);
+    }
+    if current.is_some() {
+        return Err("a function of components without an end");
+    }
+    let header = [*magic, *version, *generator, writer.bound, *schema];
+    Ok(header.into_iter().chain(writer.words).collect())
+}
+
+fn body(
+    writer: &mut Writer,
+    way: Way,
+    result_type: u32,
+    parameter: u32,
+    component: u32,
+    count: u32,
+) -> Result<(), &'static str> {
+    let label = writer.id();
+    writer.push(Op::Label, &[label]);
+    let components: Vec<u32> =
+        (0..count).map(|n| writer.value(Op::CompositeExtract, component, &[parameter, n])).collect();
+    let result = match way {
+        Way::Apart => writer.value(Op::CompositeConstruct, result_type, &components),
+        Way::Together => {
+            let (first, others) = components.split_first().ok_or("an array without elements")?;
+            // A matrix is constructed with one value in all its elements.
+            let mut matrix = writer.value(Op::CompositeConstruct, result_type, &[*first]);
+            for (&other, n) in others.iter().zip(1..) {
+                matrix = writer.value(Op::CompositeInsert, result_type, &[other, matrix, n]);
+            }
+            matrix
+        }
+    };
+    writer.push(Op::ReturnValue, &[result]);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    const NVIDIA: ComponentLayout = ComponentLayout { rows: 2, columns: 4, run: 2 };
+    const LAVAPIPE: ComponentLayout = ComponentLayout { rows: 8, columns: 1, run: 1 };
+
+    /// What the kernel writes on a device with this layout.
+    fn written(size: usize, subgroup: usize, layout: ComponentLayout) -> Vec<f32> {
+        let elements = size * size;
+        let components = elements / subgroup;
+        let number = |at: usize| {
+            let (row, column) = layout.position(size, at / components, at % components);
+            (row * size + column) as f32
+        };
+        let parts: Vec<f32> = (0..2 * elements)
+            .map(|at| number(at % elements))
+            .chain((0..2 * elements).map(|at| (at % elements + 1) as f32))
+            .collect();
+        parts.repeat(SUBGROUPS)
+    }
+
+    #[test]
+    fn layouts_are_told_apart() {
+        for (size, subgroup) in [(16, 32), (16, 64), (8, 8), (8, 32), (8, 64)] {
+            let all: Vec<ComponentLayout> = ComponentLayout::candidates(size, subgroup).collect();
+            for &layout in &all {
+                let values = written(size, subgroup, layout);
+                let held: HashSet<u32> = values[..size * size].iter().map(|value| *value as u32).collect();
+                assert_eq!(held.len(), size * size, "{layout:?} has each element once");
+                let found = ComponentLayout::of_values(size, subgroup, &values).expect("it is a candidate");
+                assert_eq!(written(size, subgroup, found), values);
+                // One lane has a row: any run is the whole row.
+                assert!(found == layout || layout.columns == size && found.run == size, "{layout:?}: {found:?}");
+            }
+            let known = if size == 16 { NVIDIA } else { LAVAPIPE };
+            assert_eq!(all.contains(&known), [(16, 32), (8, 8)].contains(&(size, subgroup)));
+        }
+        assert_eq!(NVIDIA.position(16, 5, 7), (9, 11));
+        assert_eq!(LAVAPIPE.position(8, 5, 7), (7, 5));
+    }
+
+    #[test]
+    fn what_no_layout_explains_has_none() {
+        let values = written(16, 32, NVIDIA);
+        // In either subgroup: a component of a result, of a factor, and an element of either's matrix.
+        for at in [3, 256 + 3, 512 + 3, 768 + 3, 1024 + 3, 1024 + 768 + 3] {
+            for wrong in [-1.0, f32::NAN] {
+                let mut values = values.clone();
+                values[at] = wrong;
+                assert_eq!(ComponentLayout::of_values(16, 32, &values), None);
+            }
+        }
+        // A factor that is held in another way than a result.
+        let mut mixed = values;
+        let other = written(16, 32, ComponentLayout { run: 4, ..NVIDIA });
+        for from in [256, 1024 + 256] {
+            mixed[from..from + 256].copy_from_slice(&other[256..512]);
+        }
+        assert_eq!(ComponentLayout::of_values(16, 32, &mixed), None);
+    }
+
+    fn module(functions: &str) -> naga::Module {
+        let source = format!(
+            "enable wgpu_cooperative_matrix;
+            alias Matrix = coop_mat16x16<f32, C>;
+            @group(0) @binding(3) var<storage, read_write> b: array<f32>;
+            @group(0) @binding(1) var<storage, read_write> a: array<f32>;
+            {functions}
+            @compute @workgroup_size(32) fn main() {{
+                let matrix = coopLoad<Matrix>(&a[0], 16u);
+                coopStore(matrix_of_components(components_of_matrix(matrix)), &b[0], 16u);
+            }}"
+        );
+        naga::front::wgsl::parse_str(&source).expect("valid")
+    }
+
+    const APART: &str = "fn components_of_matrix(matrix: Matrix) -> array<f32, 8> { return array<f32, 8>(); }";
+    const TOGETHER: &str = "fn matrix_of_components(components: array<f32, 8>) -> Matrix { return Matrix(); }";
+
+    /// Each function's instructions, by their opcodes, and its words.
+    fn functions(words: &[u32]) -> Vec<(Vec<Op>, Vec<u32>)> {
+        let mut functions = Vec::new();
+        for instruction in instructions(&words[5..]) {
+            let (op, _, whole) = instruction.expect("whole");
+            let op = op.expect("known");
+            if op == Op::Function {
+                functions.push((Vec::new(), Vec::new()));
+            }
+            if let Some((ops, words)) = functions.last_mut() {
+                ops.push(op);
+                words.extend_from_slice(whole);
+            }
+        }
+        functions
+    }
+
+    #[test]
+    fn functions_of_components_are_filled_in_and_no_others() -> Result<()> {
+        let other = "fn third(x: array<f32, 8>) -> f32 { var y = x; return y[3] / 3.0; }";
+        let words = translate(&module(&format!("{other}{APART}{TOGETHER}")), "test")?;
+        let filled = fill(&words).expect("as expected");
+        let (before, after) = (functions(&words), functions(&filled));
+        assert_eq!((before.len(), after.len()), (4, 4));
+        let mut bodies = Vec::new();
+        for ((ops, words), (filled_ops, filled)) in before.iter().zip(&after) {
+            if filled_ops.contains(&Op::CompositeConstruct) {
+                assert!(!ops.contains(&Op::CompositeConstruct));
+                bodies.push(filled_ops.clone());
+            } else {
+                assert_eq!(words, filled);
+            }
+        }
+        let begin = [Op::Function, Op::FunctionParameter, Op::Label];
+        let end = [Op::ReturnValue, Op::FunctionEnd];
+        let body = |inserts| [vec![Op::CompositeExtract; 8], vec![Op::CompositeConstruct], inserts].concat();
+        let expected = |inserts| [&begin[..], &body(inserts), &end].concat();
+        assert_eq!(bodies, [expected(Vec::new()), expected(vec![Op::CompositeInsert; 7])]);
+        // What comes before the functions, but for the bound.
+        let globals = |words: &[u32]| {
+            let of_functions: usize = functions(words).iter().map(|(_, words)| words.len()).sum();
+            [&words[..3], &words[4..words.len() - of_functions]].concat()
+        };
+        assert_eq!(globals(&words), globals(&filled));
+        Ok(())
+    }
+
+    #[test]
+    fn new_ids_are_fresh_and_below_the_bound() -> Result<()> {
+        let filled = to_spirv(&module(&format!("{APART}{TOGETHER}")), "test")?;
+        let mut results = HashSet::new();
+        for instruction in instructions(&filled[5..]) {
+            let (op, operands, _) = instruction.expect("whole");
+            let (result, others) = match op.expect("known") {
+                Op::Label => (operands[0], &[][..]),
+                Op::CompositeExtract => (operands[1], &operands[2..3]),
+                Op::CompositeInsert => (operands[1], &operands[2..4]),
+                Op::CompositeConstruct => (operands[1], &operands[2..]),
+                Op::FunctionParameter => (operands[1], &[][..]),
+                _ => continue,
+            };
+            assert!(others.iter().all(|id| results.contains(id)), "an operand before its definition");
+            assert!(results.insert(result), "a result twice");
+        }
+        // Two labels, eight components out and one array, eight components out, one matrix and seven more.
+        let most = results.into_iter().max().expect("some");
+        assert_eq!(most + 1, filled[3]);
+        assert_eq!(filled[3], translate(&module(&format!("{APART}{TOGETHER}")), "test")?[3] + 2 + 9 + 16);
+        Ok(())
+    }
+
+    /// wgpu gives the bindings 1 and 3 the numbers 0 and 1.
+    #[test]
+    fn bindings_are_numbered_as_wgpu_does() -> Result<()> {
+        let words = to_spirv(&module(&format!("{APART}{TOGETHER}")), "test")?;
+        let mut names = HashMap::new();
+        let mut bindings = Vec::new();
+        for instruction in instructions(&words[5..]) {
+            match instruction.expect("whole") {
+                (Some(Op::Name), [id, name], _) => drop(names.insert(*id, name.to_le_bytes()[0])),
+                (Some(Op::Decorate), [id, decoration, number], _)
+                    if *decoration == spirv::Decoration::Binding as u32 =>
+                {
+                    bindings.push((names[id], *number));
+                }
+                _ => {}
+            }
+        }
+        bindings.sort_unstable();
+        assert_eq!(bindings, [(b'a', 0), (b'b', 1)]);
+        Ok(())
+    }
+
+    #[test]
+    fn another_form_is_an_error() -> Result<()> {
+        for (function, problem) in [
+            ("fn m_of_components(c: array<f32, 8>) -> Matrix { var m: Matrix; return m; }", "with a body"),
+            ("fn m_of_components(c: array<vec4<f32>, 2>) -> Matrix { return Matrix(); }", "no array"),
+            ("fn m_of_components(c: f32) -> Matrix { return Matrix(); }", "no array"),
+            ("fn m_of_components() -> Matrix { return Matrix(); }", "without an argument"),
+            ("fn m_of_components(c: array<f32, 8>, d: f32) -> Matrix { return Matrix(); }", "second argument"),
+            ("fn components_of_m(m: Matrix) -> array<u32, 8> { return array<u32, 8>(); }", "no array"),
+            ("fn components_of_v(v: vec4<f32>) -> array<f32, 4> { return array<f32, 4>(); }", "no cooperative matrix"),
+        ] {
+            let error = to_spirv(&module(&format!("{APART}{TOGETHER}{function}")), "test").expect_err(function);
+            assert!(error.to_string().contains(problem), "{function}: {error}");
+        }
+        let words = translate(&module(&format!("{APART}{TOGETHER}")), "test")?;
+        assert!(fill(&words[..4]).is_err());
+        // The last instructions are two of one word each.
+        assert!(fill(&words[..words.len() - 3]).is_err(), "cut within an instruction");
+        assert!(fill(&[&words[..], &[0]].concat()).is_err());
+        Ok(())
+    }
+}
