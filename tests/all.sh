@@ -83,6 +83,9 @@ beside() {
     part "tests, $stack" tests_on "$stack"
     conformance "$stack"
   done
+  # Attention's kernels for devices that do not tell how they hold their matrices.
+  part 'attention without components' env LIGHTHOUSE_COMPONENTS=off LIGHTHOUSE_TIER=coop8 \
+    tests/stacks.sh run lavapipe cargo test --no-fail-fast --test flash
   conformance cpu
   training cpu
 }

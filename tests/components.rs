@@ -16,20 +16,22 @@ fn known(adapter: &str, size: usize) -> Option<ComponentLayout> {
 
 #[test]
 fn vulkan_devices_tell_their_layouts() {
+    let off = std::env::var("LIGHTHOUSE_COMPONENTS").is_ok_and(|value| value == "off");
     for device in devices() {
         let caps = device.gpu.caps();
         let vulkan = device.gpu.device().adapter_info().backend == wgpu::Backend::Vulkan;
         for &matrix in &caps.matrices {
-            let tier = caps.tiers().into_iter().find(|tier| tier.matrix() == Some(matrix.size));
-            let layout = tier.and_then(|tier| caps.layout(tier, matrix.factors));
-            if let Some(known) = known(&device.adapter, matrix.size).filter(|_| vulkan) {
-                assert_eq!(layout, Some(known), "{matrix:?} on {}, {}", device.adapter, device.tier);
+            if let Some(known) = known(&device.adapter, matrix.size).filter(|_| vulkan && !off) {
+                // Devices without components are among them.
+                let same = devices().iter().filter(|other| other.adapter == device.adapter);
+                let mut layouts = same.flat_map(|other| &other.gpu.caps().layouts);
+                assert!(layouts.any(|layout| *layout == (matrix, known)), "{matrix:?} on {}", device.adapter);
             }
         }
         for (matrix, layout) in &caps.layouts {
             assert!(caps.matrices.contains(matrix), "{matrix:?} on {}", device.adapter);
             assert_eq!(layout.rows * layout.columns * caps.subgroup, matrix.size * matrix.size);
         }
-        assert!(vulkan || caps.layouts.is_empty(), "{}: {:?}", device.adapter, caps.layouts);
+        assert!((vulkan && !off) || caps.layouts.is_empty(), "{}: {:?}", device.adapter, caps.layouts);
     }
 }

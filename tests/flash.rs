@@ -128,12 +128,13 @@ fn a_growing_maximum_rescales() {
     }
 }
 
-/// With many workgroups and a small head_dim the kernels with matrices give subgroups whole rows.
+/// With many workgroups scores stay in registers where a device tells how it holds its matrices.
 #[test]
 fn many_workgroups_match_the_reference() {
     for (shape, growing_too) in [
         (shape((32, 150, 8, 4, 64), F16, TokensHeads), true),
         (shape((16, 130, 16, 16, 80), F16, HeadsTokens), false),
+        (shape((16, 130, 16, 4, 112), F16, TokensHeads), false),
         (shape((64, 65, 4, 1, 16), F32, TokensHeads), true),
     ] {
         let forward = |values: &[Vec<f32>; 4]| {
@@ -174,6 +175,25 @@ fn non_finite_inputs_reach_what_depends_on_them() {
         let what = format!("forward of {shape:?} with {value} in tensor {tensor}");
         check(&what, 2.0, &|recording| build(recording, &shape, &values, false));
     }
+}
+
+/// Keys whose scores are minus infinity have no weight, whatever comes after them; rows that see no others have none at
+/// all.
+#[test]
+fn scores_of_minus_infinity_have_no_weight() {
+    let shape = shape((64, 150, 4, 1, 16), F16, HeadsTokens);
+    let mut values = uniform(&shape);
+    for b in [0, 63] {
+        for (t, h) in (0..150).flat_map(|t| (0..4).map(move |h| (t, h))) {
+            // Positive, so that no score is plus infinity.
+            let q = &mut values[0][row(&shape, 4, (b, h, t)) + 5];
+            *q = q.abs() + 0.1;
+        }
+        for t in 0..40 {
+            values[1][row(&shape, 1, (b, 0, t)) + 5] = f32::NEG_INFINITY;
+        }
+    }
+    check(&format!("forward of {shape:?}"), 2.0, &|recording| build(recording, &shape, &values, false));
 }
 
 /// The backward where devices with cooperative matrices have so many bytes of memory for d_scores.

@@ -1,12 +1,94 @@
-// Attention's backward for k and v (spec section 8) on cooperative matrices: the formulas of flash_backward_dkdv, in the
-// two products of shared/dkdv_coop. Tile j passes through two phases with a barrier after each:
+// Attention's backward for k and v (spec section 8) on cooperative matrices: the formulas of flash_backward_dkdv.
+//
+// One workgroup per (batch, kv head, block of BLOCK_N keys), of two groups of subgroups: group 0 keeps k and group 1
+// keeps v in registers, each subgroup 2 * MATRIX rows of it. For each query head of the kv head's group they stream over
+// tiles of MATRIX queries from the diagonal on, and multiply twice, in one code with two base addresses:
+//
+//     product 1    group 0: scores = q k^T             group 1: d_weights = d_o v^T
+//     product 2    group 0: dv += weights^T d_o        group 1: dk += d_scores^T q
+//
+// so every staged row serves two products. Between them go the weights and d_scores, which need both groups' scores. Tile j
+// passes through two phases with a barrier after each:
 //
 //     phase 1    product 1 of tile j;  product 2 of tile j - 1, the first half of its columns
 //     phase 2    product 2 of tile j - 1, the second half;  weights and d_scores of tile j;  tile j + 1 staged
 //
 // That is why the first half of the columns is staged in turns of two and the second in turns of three.
+//
+// DS_SCRATCH also writes d_scores for flash_backward_dq_from_ds_coop; then a dispatch may have some heads of each group
+// and the queries of some blocks only, and dk and dv go on in f32 from one to the next. These blocks, of DS_BLOCK tokens,
+// are one or more of BLOCK_N. Where the kv heads are too few to keep a device busy, PARTS workgroups share a block, each
+// with a part of the query heads of the group, and flash_backward_dkdv_sum adds what they give: `kv_heads` of the
+// parameters then counts each kv head PARTS times.
+//
+// What the mask excludes must not reach a gradient even as 0 * NaN: tiles that the mask crosses are staged with zero in
+// place of infinity and NaN. The weights of such a query are NaN by its lse, its d_scores by its delta; what dv lacks
+// of d_o then is added in the last step.
 
-#import shared/dkdv_coop
+#import shared/chunk_params
+#import shared/dkdv_carried
+#import shared/ds_scratch
+#import shared/grid
+#import shared/lacking
+#import shared/non_finite_d_o
+
+@group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
+@group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>;   // the same with KV heads
+@group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>;   // as k
+@group(0) @binding(3) var<storage, read_write> d_o: array<vec4<u32>>; // as q
+@group(0) @binding(4) var<storage, read_write> lse_delta: array<vec2<f32>>; // [B, H, S]
+@group(0) @binding(5) var<storage, read_write> dk: array<elem4>;      // as k
+@group(0) @binding(6) var<storage, read_write> dv: array<elem4>;      // as k
+@group(0) @binding(7) var<uniform> params: Params;
+#for once in 0..DS_SCRATCH
+@group(0) @binding(8) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and pair of blocks, see ds_pair
+@group(0) @binding(9) var<storage, read_write> carried: array<vec4<f32>>; // see carried_block
+#end
+
+const LOG2_E: f32 = 1.4426950408889634;
+const WORKGROUP: u32 = SUBGROUPS * SUBGROUP;
+const LANES: u32 = SUBGROUP / MATRIX;
+
+// Vectors of four elements. Rows in workgroup memory are two longer than their contents, against bank conflicts.
+const SCORE_STRIDE: u32 = BLOCK_N / 4u + 2u;
+const SCORE_ROWS: u32 = MATRIX * SCORE_STRIDE;
+
+// A matrix as the lanes see it: those below MATRIX_LANES of a row have MATRIX_CHUNKS vectors each.
+const MATRIX_LANES: u32 = min(LANES, MATRIX_VECTORS);
+
+// A subgroup's own part of the staged rows, for half of MATRIX rows of k or v at a time.
+const KEPT_STRIDE: u32 = KEPT_MATRICES * MATRIX_VECTORS + 2u;
+const KEPT_ROWS: u32 = MATRIX * KEPT_STRIDE;
+const KEPT_ROW_LOADS: u32 = KEPT_MATRICES * MATRIX_VECTORS / LOAD_VECTORS;
+const KEPT_EVEN: bool = KEPT_LOADS * SUBGROUP == MATRIX * KEPT_ROW_LOADS;
+
+// Staging of a tile's rows: STAGE_ROWS at a time, one load for each invocation.
+const LOADS: u32 = VECTORS / LOAD_VECTORS;
+const STAGE_ROWS: u32 = WORKGROUP / LOADS;
+const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
+
+// A subgroup's own part of scores, for two matrices.
+const EXCHANGE: u32 = 2u * SCORE_ROWS / SUBGROUPS;
+
+var<workgroup> staged: array<elem4, STAGED>;
+// Of group 0 the scores and weights, of group 1 the gradients of both. The pad of the first row tells whether d_o held
+// infinity or NaN: there are no more bytes.
+var<workgroup> scores: array<vec4<f32>, 2u * SCORE_ROWS>;
+var<workgroup> weights: array<elem4, 2u * SCORE_ROWS>;
+const NON_FINITE: u32 = SCORE_STRIDE - 1u;
+
+// Where load `i` of a half of MATRIX rows of k or v lies; where the second is shorter it repeats its last.
+fn kept_load(kv_base: u32, first_token: u32, half: u32, i: u32) -> u32 {
+    let token = min(first_token + min(i / KEPT_ROW_LOADS, MATRIX - 1u), params.tokens - 1u);
+    let load = min(half * KEPT_ROW_LOADS + i % KEPT_ROW_LOADS, LOADS - 1u);
+    return (kv_base + token * params.kv_token_stride) * LOADS + load;
+}
+
+// Where a row of q or d_o begins, in loads; past the last token, that of the last.
+fn row_load(batch: u32, head: u32, token: u32) -> u32 {
+    let base = batch * params.tokens * params.heads + head * params.head_stride;
+    return (base + min(token, params.tokens - 1u) * params.token_stride) * LOADS;
+}
 
 const FIRST_STRIDE: u32 = FIRST_MATRICES * MATRIX_VECTORS + 2u;
 const SECOND_STRIDE: u32 = SECOND_MATRICES * MATRIX_VECTORS + 2u;
@@ -24,7 +106,119 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    #import shared/dkdv_coop_keep
+    let index = linear_workgroup(workgroup, workgroups);
+    if (index >= params.units) {
+        return;
+    }
+    // Heads are fastest; the block with most queries comes first.
+    let unit = params.first_unit + index;
+    let kv_head_index = unit % params.kv_head_count;
+    let batch = (params.first_kv_head + kv_head_index) / params.kv_heads;
+    let kv_head = (params.first_kv_head + kv_head_index) % params.kv_heads;
+    let group_size = params.heads / params.kv_heads;
+    let first_head = kv_head * group_size + params.first_member;
+    let end_head = first_head + params.members;
+    let block = unit / params.kv_head_count;
+    let first_key = block * BLOCK_N;
+    // The first of the queries that see the block.
+    let first_row = max(block / KEY_BLOCKS, params.first_block) * DS_BLOCK;
+    let kv_base = batch * params.tokens * (params.kv_heads / PARTS) + kv_head / PARTS * params.kv_head_stride;
+    let last_token = params.tokens - 1u;
+    let tiles = (min(params.end_block * DS_BLOCK, params.tokens) - first_row + MATRIX - 1u) / MATRIX;
+    let row_loads = params.token_stride * LOADS;
+    let exponent_scale = params.scale * LOG2_E;
+
+    let subgroup = invocation / SUBGROUP;
+    let group = subgroup / (SUBGROUPS / 2u);
+    let lane_row = invocation % SUBGROUP / LANES;
+    let lane = invocation % LANES;
+    let exchange_at = subgroup * EXCHANGE;
+    // This subgroup's columns in the products, and this lane's in between.
+    let kept_row = subgroup % (SUBGROUPS / 2u) * 2u * MATRIX;
+    let product_at = group * SCORE_ROWS + kept_row / 4u;
+    // Lanes that a row of a matrix has no vectors for do the last one's work again.
+    let chunk = subgroup * MATRIX_VECTORS + min(lane, MATRIX_LANES - 1u);
+    let chunk_at = lane_row * SCORE_STRIDE + chunk;
+    let key = first_key + chunk * 4u;
+    let stage_row = select(MATRIX, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
+    let stage_load = invocation % LOADS;
+
+    // The first tile is on its way while k or v are kept.
+    #for s in 0..STAGES
+    var next_at$s = row_load(batch, first_head, first_row + stage_row + $su * STAGE_ROWS) + stage_load;
+    var next_q$s = q[next_at$s];
+    var next_d_o$s = d_o[next_at$s];
+    #end
+
+    // k or v, half of MATRIX rows at a time through this subgroup's part of the staged rows. All loads are on their way
+    // before the first is waited for. Rows past the last token repeat it and are not written.
+    var kept_loads: array<vec4<u32>, 4 * KEPT_LOADS>;
+    #for r in 0..2
+    var kept$r: array<MatrixB, 2 * KEPT_MATRICES>;
+    var sums$r: array<MatrixC, DEPTH_MATRICES>;
+    #for p in 0..2
+    #for n in 0..KEPT_LOADS
+    let kept_at$r_$p_$n =
+        kept_load(kv_base, first_key + kept_row + $ru * MATRIX, $pu, invocation % SUBGROUP + $nu * SUBGROUP);
+    #end
+    #end
+    #end
+    if (group == 0u) {
+        #for r in 0..2
+        #for p in 0..2
+        #for n in 0..KEPT_LOADS
+        kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu] = k[kept_at$r_$p_$n];
+        #end
+        #end
+        #end
+    } else {
+        #for r in 0..2
+        #for p in 0..2
+        #for n in 0..KEPT_LOADS
+        kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu] = v[kept_at$r_$p_$n];
+        #end
+        #end
+        #end
+    }
+    let kept_rows_at = subgroup * KEPT_ROWS;
+    #for r in 0..2
+    #for p in 0..2
+    #for n in 0..KEPT_LOADS
+    {
+        let i = invocation % SUBGROUP + $nu * SUBGROUP;
+        let at = kept_rows_at + i / KEPT_ROW_LOADS * KEPT_STRIDE + i % KEPT_ROW_LOADS * LOAD_VECTORS;
+        if (KEPT_EVEN || i < MATRIX * KEPT_ROW_LOADS) {
+            #for h in 0..LOAD_VECTORS
+            staged[at + $hu] = vector_of_load(kept_loads[(2u * $ru + $pu) * KEPT_LOADS + $nu], $hu);
+            #end
+        }
+    }
+    #end
+    subgroupBarrier();
+    #for d in 0..KEPT_MATRICES
+    kept$r[$p * KEPT_MATRICES + $d] = coopLoad<MatrixB>(&staged[kept_rows_at + $du * MATRIX_VECTORS], KEPT_STRIDE);
+    #end
+    subgroupBarrier();
+    #end
+    #end
+    workgroupBarrier();
+    var non_finite_before = vec4<f32>(0.0);
+    #for once in 0..DS_SCRATCH
+    let carried_first = carried_block(kv_head_index, block);
+    let carried_at = carried_first + subgroup * SUBGROUP_CARRIED;
+    let carried_flag = carried_first + CARRIED - 1u;
+    if (params.first_member > 0u || block / KEY_BLOCKS < params.first_block) {
+        #for r in 0..2
+        #for d in 0..DEPTH_MATRICES
+        sums$r[$d] = coopLoadT<MatrixC>(
+            &carried[carried_at + ($ru * DEPTH_MATRICES + $du) * MATRIX_SIZE],
+            MATRIX_VECTORS,
+        );
+        #end
+        #end
+        non_finite_before = carried[carried_flag];
+    }
+    #end
 
     // Product 1 takes group 0 to q and group 1 to d_o, product 2 the other way.
     let first_1 = group * FIRST;
@@ -192,7 +386,7 @@ fn main(
                 #for s in 0..STAGES
                 if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < MATRIX) {
                     let at = select(second_next, first_before, in_first) + $su * STAGE_ROWS * stage_stride;
-                    // Each tensor's stores by themselves: see flash_forward_rows_coop.
+                    // Each tensor's stores by themselves: see flash_forward_registers_coop.
                     #for h in 0..LOAD_VECTORS
                     staged[at + stage_at + $hu] = vector_of_load(next_q$s, $hu);
                     #end
@@ -246,5 +440,62 @@ fn main(
         #end
     }
 
-    #import shared/dkdv_coop_leave
+    #for once in 0..DS_SCRATCH
+    // Later queries see the block too, or more heads of the group, or others have parts of it.
+    if (
+        params.first_member + params.members < group_size || params.end_block * DS_BLOCK < params.tokens || PARTS > 1u
+    ) {
+        #for r in 0..2
+        #for d in 0..DEPTH_MATRICES
+        coopStoreT(
+            sums$r[$d],
+            &carried[carried_at + ($ru * DEPTH_MATRICES + $du) * MATRIX_SIZE],
+            MATRIX_VECTORS,
+        );
+        #end
+        #end
+        if (invocation == 0u) {
+            carried[carried_flag] = scores[NON_FINITE];
+        }
+        return;
+    }
+    #end
+    let non_finite = scores[NON_FINITE].x != 0.0;
+    workgroupBarrier();
+    // As in flash_forward_coop, code that runs once is short.
+    let scale = select(params.scale, 1.0, group == 0u);
+    #for d in 0..DEPTH_MATRICES
+    subgroupBarrier();
+    #for r in 0..2
+    coopStoreT(sums$r[$d], &scores[exchange_at + $ru * MATRIX * MATRIX_VECTORS], MATRIX_VECTORS);
+    #end
+    subgroupBarrier();
+    for (var i = invocation % SUBGROUP; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+        let token = first_key + kept_row + i / MATRIX_VECTORS;
+        if (token < params.tokens) {
+            let gradient = pack_elem(scores[exchange_at + i] * scale);
+            let at = (kv_base + token * params.kv_token_stride) * VECTORS + $du * MATRIX_VECTORS + i % MATRIX_VECTORS;
+            if (group == 0u) {
+                dv[at] = gradient;
+            } else {
+                dk[at] = gradient;
+            }
+        }
+    }
+    #end
+    // What dv lacks.
+    if (non_finite && group == 0u) {
+        let end = min(first_key + BLOCK_N, params.tokens);
+        for (var d = 0u; d < DEPTH_MATRICES; d++) {
+            for (var i = invocation % SUBGROUP; i < 2u * MATRIX * MATRIX_VECTORS; i += SUBGROUP) {
+                let token = first_key + kept_row + i / MATRIX_VECTORS;
+                let column = d * MATRIX_VECTORS + i % MATRIX_VECTORS;
+                if (token < params.tokens) {
+                    let at = (kv_base + token * params.kv_token_stride) * VECTORS + column;
+                    let lacking = non_finite_d_o(vec2<u32>(batch, kv_head), token, end, column);
+                    dv[at] = pack_elem(with_lacking(unpack_elem(dv[at]), lacking));
+                }
+            }
+        }
+    }
 }

@@ -1,8 +1,8 @@
 // The last step of dk and dv where several workgroups share a block of keys: dv is the sum of their parts, dk that sum /
 // sqrt(D).
 //
-// One workgroup per (kv head, block of BLOCK_N keys, subgroup of the kernels of shared/dkdv_coop), one vector of four
-// elements for each invocation at a time.
+// One workgroup per (kv head, block of BLOCK_N keys, a SUBGROUPS-th of what is carried of it), one vector of four elements
+// for each invocation at a time.
 
 #import shared/chunk_params
 #import shared/dkdv_carried
@@ -37,14 +37,16 @@ fn main(
     let kv_head = (params.first_kv_head + kv_head_index) % params.kv_heads;
     let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
     let group = subgroup / (SUBGROUPS / 2u);
-    let first_token = block * BLOCK_N + subgroup % (SUBGROUPS / 2u) * 2u * MATRIX;
+    let pair_token = block * BLOCK_N + subgroup % (SUBGROUPS / 2u) * 2u * MATRIX;
+    let own_token = block * BLOCK_N + subgroup * MATRIX;
     var non_finite = false;
     for (var part = 0u; part < PARTS; part++) {
         non_finite |= carried[carried_block(kv_head_index * PARTS + part, block) + CARRIED - 1u].x != 0.0;
     }
     for (var i = invocation; i < SUBGROUP_CARRIED; i += WORKGROUP) {
         let matrix = i / MATRIX_SIZE;
-        let token = first_token + matrix / DEPTH_MATRICES * MATRIX + i % MATRIX_SIZE / MATRIX_VECTORS;
+        let half = matrix / DEPTH_MATRICES;
+        let token = select(own_token, pair_token + half * MATRIX, IN_GROUPS == 1u) + i % MATRIX_SIZE / MATRIX_VECTORS;
         let column = matrix % DEPTH_MATRICES * MATRIX_VECTORS + i % MATRIX_VECTORS;
         if (token < params.tokens) {
             var sum = vec4<f32>(0.0);
@@ -52,7 +54,7 @@ fn main(
                 sum += carried[carried_block(kv_head_index * PARTS + part, block) + subgroup * SUBGROUP_CARRIED + i];
             }
             let at = (kv_base + token * params.kv_token_stride) * VECTORS + column;
-            if (group == 1u) {
+            if (select(half, group, IN_GROUPS == 1u) == 1u) {
                 dk[at] = pack_elem(sum * params.scale);
             } else if (non_finite) {
                 // What dv lacks.

@@ -1,5 +1,5 @@
-// Attention's backward for q (spec section 8), dq = ds k / sqrt(D), from the d_scores that the kernels of
-// shared/dkdv_coop left in memory.
+// Attention's backward for q (spec section 8), dq = ds k / sqrt(D), from the d_scores that the kernels of dk and
+// dv left in memory.
 //
 // A matrix product: one workgroup per (batch, head, block of BLOCK_M queries, part of the keys), with two subgroups for
 // each of ROW_PARTS parts of the rows: QUERY_MATRICES matrices of rows by half of the columns each. 2 * MATRIX keys a
@@ -33,7 +33,14 @@ const STEP: u32 = 2u * MATRIX;
 // Vectors of four elements. Rows in workgroup memory are two longer than their contents, against bank conflicts.
 const VECTORS: u32 = HEAD_DIM / 4u;
 const MATRIX_VECTORS: u32 = MATRIX / 4u;
-const DS_STRIDE: u32 = STEP / 4u + 2u;
+// What a lane has of d_scores are two vectors of keys of a query or, BY_KEYS, of queries of two keys. The rows of d_scores
+// in workgroup memory are queries or keys accordingly.
+const DS_ROWS: u32 = select(BLOCK_M, STEP, BY_KEYS == 1u);
+const DS_STRIDE: u32 = select(STEP, BLOCK_M, BY_KEYS == 1u) / 4u + 2u;
+// From a matrix of queries to the next, of keys, and from a lane's first vector to its second.
+const QUERIES_STEP: u32 = select(MATRIX * DS_STRIDE, MATRIX_VECTORS, BY_KEYS == 1u);
+const KEYS_STEP: u32 = select(MATRIX_VECTORS, MATRIX * DS_STRIDE, BY_KEYS == 1u);
+const VECTOR_STEP: u32 = select(LANES, MATRIX / 2u * DS_STRIDE, BY_KEYS == 1u);
 const KEY_STRIDE: u32 = 2u * COLUMN_MATRICES * MATRIX_VECTORS + 2u;
 const EXCHANGE_STRIDE: u32 = MATRIX_VECTORS + 1u;
 
@@ -42,7 +49,7 @@ const LOADS: u32 = VECTORS / LOAD_VECTORS;
 const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && STEP % STAGE_ROWS == 0u;
 
-var<workgroup> d_scores: array<elem4, BLOCK_M * DS_STRIDE>;
+var<workgroup> d_scores: array<elem4, DS_ROWS * DS_STRIDE>;
 var<workgroup> keys: array<elem4, STEP * KEY_STRIDE>;
 var<workgroup> exchange: array<vec4<f32>, 2u * ROW_PARTS * MATRIX * EXCHANGE_STRIDE>;
 // Whether keys held infinity or NaN.
@@ -87,13 +94,18 @@ fn main(
     let columns_half = subgroup % 2u;
     let lane_row = invocation % SUBGROUP / LANES;
     let lane = invocation % LANES;
-    let d_scores_at = row_part * QUERY_MATRICES * MATRIX * DS_STRIDE;
+    let d_scores_at = row_part * QUERY_MATRICES * QUERIES_STEP;
     let keys_at = columns_half * COLUMN_MATRICES * MATRIX_VECTORS;
     let exchange_at = subgroup * MATRIX * EXCHANGE_STRIDE;
 
     // A pass of the workgroup over d_scores takes ROW_PARTS tiles of queries by the two matrices of the step's keys.
     let ds_lane = row_part * DS_TILE + columns_half * SUBGROUP + invocation % SUBGROUP;
-    let stage_ds = (row_part * MATRIX + lane_row) * DS_STRIDE + columns_half * MATRIX_VECTORS + lane;
+    let stage_ds = select(
+        (row_part * MATRIX + lane_row) * DS_STRIDE + columns_half * MATRIX_VECTORS + lane,
+        (columns_half * MATRIX + invocation % SUBGROUP / MATRIX_VECTORS) * DS_STRIDE
+            + row_part * MATRIX_VECTORS + invocation % MATRIX_VECTORS,
+        BY_KEYS == 1u,
+    );
     let stage_row = select(STEP, invocation / LOADS, invocation < STAGE_ROWS * LOADS);
     let stage_load = invocation % LOADS;
     let stage_key = stage_row * KEY_STRIDE + stage_load * LOAD_VECTORS;
@@ -131,8 +143,8 @@ fn main(
     #end
     #end
     #for r in 0..QUERY_MATRICES
-    d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE] = vector_of_load(first_ds$r, 0u);
-    d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(first_ds$r, 1u);
+    d_scores[stage_ds + ROW_PARTS * $ru * QUERIES_STEP] = vector_of_load(first_ds$r, 0u);
+    d_scores[stage_ds + ROW_PARTS * $ru * QUERIES_STEP + VECTOR_STEP] = vector_of_load(first_ds$r, 1u);
     #end
     #for s in 0..STAGES
     if ((first_step + 1u) * STEP > first_query) {
@@ -154,14 +166,14 @@ fn main(
     var ds_matrix: array<array<MatrixA, QUERY_MATRICES>, 2>;
     var key_matrix: array<array<MatrixB, COLUMN_MATRICES>, 2>;
     #for r in 0..QUERY_MATRICES
-    ds_matrix[0][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE);
+    ds_matrix[0][$r] = load_ds(d_scores_at + $ru * QUERIES_STEP);
     #end
     #for c in 0..COLUMN_MATRICES
     key_matrix[0][$c] = load_keys(keys_at + $cu * MATRIX_VECTORS);
     #end
     // The first step's products, as in the loop.
     #for r in 0..QUERY_MATRICES
-    ds_matrix[1][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE + MATRIX_VECTORS);
+    ds_matrix[1][$r] = load_ds(d_scores_at + $ru * QUERIES_STEP + KEYS_STEP);
     #end
     #for c in 0..COLUMN_MATRICES
     key_matrix[1][$c] = load_keys(keys_at + MATRIX * KEY_STRIDE + $cu * MATRIX_VECTORS);
@@ -190,8 +202,8 @@ fn main(
             // By turns 0 and 1, or 0, 1, 0 and 2.
             const this_set = $uu % 2u * (1u + (SETS - 2u) * ($uu / 2u));
             #for r in 0..QUERY_MATRICES
-            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE] = vector_of_load(next_ds[this_set][$r], 0u);
-            d_scores[stage_ds + ROW_PARTS * $ru * MATRIX * DS_STRIDE + LANES] = vector_of_load(next_ds[this_set][$r], 1u);
+            d_scores[stage_ds + ROW_PARTS * $ru * QUERIES_STEP] = vector_of_load(next_ds[this_set][$r], 0u);
+            d_scores[stage_ds + ROW_PARTS * $ru * QUERIES_STEP + VECTOR_STEP] = vector_of_load(next_ds[this_set][$r], 1u);
             #end
             if ((step + 1u) * STEP > first_query) {
                 #for s in 0..STAGES
@@ -228,7 +240,7 @@ fn main(
             workgroupBarrier();
 
             #for r in 0..QUERY_MATRICES
-            ds_matrix[0][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE);
+            ds_matrix[0][$r] = load_ds(d_scores_at + $ru * QUERIES_STEP);
             #end
             #for c in 0..COLUMN_MATRICES
             key_matrix[0][$c] = load_keys(keys_at + $cu * MATRIX_VECTORS);
@@ -239,7 +251,7 @@ fn main(
             #end
             #end
             #for r in 0..QUERY_MATRICES
-            ds_matrix[1][$r] = load_ds(d_scores_at + $ru * MATRIX * DS_STRIDE + MATRIX_VECTORS);
+            ds_matrix[1][$r] = load_ds(d_scores_at + $ru * QUERIES_STEP + KEYS_STEP);
             #end
             #for c in 0..COLUMN_MATRICES
             key_matrix[1][$c] = load_keys(keys_at + MATRIX * KEY_STRIDE + $cu * MATRIX_VECTORS);
@@ -309,7 +321,12 @@ fn main(
 }
 
 fn load_ds(at: u32) -> MatrixA {
+    #for once in 0..BY_KEYS
+    return coopLoad<MatrixA>(&d_scores[at], DS_STRIDE);
+    #end
+    #for once in BY_KEYS..1
     return coopLoadT<MatrixA>(&d_scores[at], DS_STRIDE);
+    #end
 }
 
 fn load_keys(at: u32) -> MatrixB {

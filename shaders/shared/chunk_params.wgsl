@@ -1,7 +1,7 @@
 // The parameters of the backward kernels that may take some heads and some queries at a time. Kv heads are counted over
 // the whole batch; `members` query heads of each one's group are taken. A unit is a workgroup's work: a block of one kv
 // head for dk and dv, of one query head for dq. (Where workgroups share a block of keys, dk and dv have more kv heads, see
-// shared/dkdv_coop.)
+// flash_backward_dkdv_coop.)
 
 struct Params {
     tokens: u32, // S

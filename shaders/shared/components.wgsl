@@ -6,10 +6,8 @@
 //
 // Lane l is the invocation whose index modulo the subgroup's size is l. Of a matrix, its component
 // h * COMPONENT_COLUMNS + c, with h below COMPONENT_ROWS and c below COMPONENT_COLUMNS, is in row
-//     h * (MATRIX / COMPONENT_ROWS) + l / ROW_LANES
-// and in column
-//     l % ROW_LANES * COMPONENT_RUN + c % COMPONENT_RUN + c / COMPONENT_RUN * ROW_LANES * COMPONENT_RUN
-// in MatrixC and in MatrixA alike: so components of a product can be those of a factor.
+// component_row(l) + h * ROW_STEP and in column component_column(l, c), in MatrixC and in MatrixA alike: so components of a
+// product can be those of a factor.
 
 const COMPONENTS: u32 = COMPONENT_ROWS * COMPONENT_COLUMNS;
 // Lanes that share a row.
@@ -25,4 +23,17 @@ fn result_of_components(components: array<f32, COMPONENTS>) -> MatrixC {
 
 fn factor_of_components(components: array<factor, COMPONENTS>) -> MatrixA {
     return MatrixA();
+}
+
+// From a lane's component of a row to that of its next row.
+const ROW_STEP: u32 = MATRIX / COMPONENT_ROWS;
+
+// The row of a lane's first components.
+fn component_row(lane: u32) -> u32 {
+    return lane / ROW_LANES;
+}
+
+// The column of component `c` of those that a lane has of a row.
+fn component_column(lane: u32, c: u32) -> u32 {
+    return lane % ROW_LANES * COMPONENT_RUN + c % COMPONENT_RUN + c / COMPONENT_RUN * ROW_LANES * COMPONENT_RUN;
 }

@@ -1,6 +1,7 @@
-// dk and dv in f32, as the kernels of shared/dkdv_coop leave them for the next dispatch or for flash_backward_dkdv_sum:
-// of each kv head of a dispatch and each block of keys dv and dk, by subgroup and matrix, and last a vector that is one
-// where a tile that the mask crosses held infinity or NaN in d_o, else zero.
+// dk and dv in f32, as their kernels leave them for the next dispatch or for flash_backward_dkdv_sum: of each kv head of a
+// dispatch and each block of keys 2 * SUBGROUPS rows of matrices, two by two, and last a vector that is one where a tile that
+// the mask crosses held infinity or NaN in d_o, else zero. Two rows are dv and dk of MATRIX keys, or of
+// flash_backward_dkdv_coop, IN_GROUPS, dv of 2 * MATRIX keys in the first half and dk in the second.
 
 const SUBGROUPS: u32 = BLOCK_N / MATRIX;
 const KEY_BLOCKS: u32 = DS_BLOCK / BLOCK_N;
@@ -9,7 +10,7 @@ const KEY_BLOCKS: u32 = DS_BLOCK / BLOCK_N;
 const VECTORS: u32 = HEAD_DIM / 4u;
 const MATRIX_VECTORS: u32 = MATRIX / 4u;
 const MATRIX_SIZE: u32 = MATRIX * MATRIX_VECTORS;
-// What a subgroup has of a block, and all.
+// Two rows of matrices, and all of a block.
 const SUBGROUP_CARRIED: u32 = 2u * DEPTH_MATRICES * MATRIX_SIZE;
 const CARRIED: u32 = SUBGROUPS * SUBGROUP_CARRIED + 1u;
 

@@ -1,6 +1,6 @@
-// d_scores between the kernels of shared/dkdv_coop, which make them, and flash_backward_dq_from_ds_coop: for each query
-// head of a dispatch, each pair of a block of queries and a block of keys that it sees, each tile of MATRIX queries, each
-// matrix of keys and each lane of the subgroup that makes it two vectors of four. 16 bytes go at a time, and what dq's
+// d_scores between the kernels of dk and dv, which make them, and flash_backward_dq_from_ds_coop: for each query head of a
+// dispatch, each pair of a block of queries and a block of keys that it sees, each MATRIX queries, each MATRIX keys and
+// each lane of the subgroup that makes these d_scores two vectors of four. 16 bytes go at a time, and what dq's
 // workgroups read lies in the order in which they read it (with the pairs by keys first an H100 is 0 to 1 % slower). The
 // queries are those of blocks `first_block` to before `end_block`.
 

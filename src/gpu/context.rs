@@ -198,6 +198,13 @@ impl Gpu {
         Ok(self)
     }
 
+    /// The same device, whose kernels do without the components of cooperative matrices, as on a device without
+    /// PASSTHROUGH_SHADERS: scores of attention pass through workgroup memory.
+    pub fn without_components(mut self) -> Self {
+        self.caps.layouts.clear();
+        self
+    }
+
     /// The same device with compiled pipelines kept in `folder` from one run of the program to the next, where the
     /// driver offers it. [`store_pipelines`](Self::store_pipelines) writes them.
     pub fn with_pipeline_cache(mut self, folder: &Path) -> Self {

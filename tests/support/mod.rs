@@ -151,12 +151,37 @@ pub fn open(backend: &str) -> Result<Vec<(String, Result<Vec<Device>>)>> {
     let opened = adapters(parse_backends(backend)?).into_iter().map(|adapter| {
         let tiers = Gpu::from_adapter(&adapter).and_then(|gpu| {
             let tiers = forced.map_or_else(|| gpu.caps().tiers(), |tier| vec![tier]).into_iter();
-            let device = |tier| Ok(Device { adapter: gpu.name().to_owned(), gpu: gpu.clone().with_tier(tier)?, tier });
-            tiers.map(device).collect()
+            let mut devices = Vec::new();
+            for tier in tiers {
+                let gpu = gpu.clone().with_tier(tier)?;
+                devices.extend(variants(&gpu).into_iter().map(|gpu| Device {
+                    adapter: gpu.name().to_owned(),
+                    gpu,
+                    tier,
+                }));
+            }
+            Ok(devices)
         });
         (adapter.get_info().name, tiers)
     });
     Ok(opened.collect())
+}
+
+/// A device, and once more without components of matrices if it has them in its tier. They are compiled for minutes by
+/// drivers that compute on the CPU, which are one or the other: the latter if `LIGHTHOUSE_COMPONENTS` is `off`.
+fn variants(gpu: &Gpu) -> Vec<Gpu> {
+    let caps = gpu.caps();
+    let has_components =
+        [Element::F16, Element::F32].into_iter().any(|factors| caps.layout(caps.tier, factors).is_some());
+    let off = std::env::var("LIGHTHOUSE_COMPONENTS").is_ok_and(|value| value == "off");
+    let mut variants = Vec::new();
+    if !off {
+        variants.push(gpu.clone());
+    }
+    if off || (has_components && !gpu.is_software()) {
+        variants.push(gpu.clone().without_components());
+    }
+    variants
 }
 
 /// Where a recording can run.

@@ -3,39 +3,35 @@
 
 use super::FlashShape;
 use super::plan::Tile;
-use crate::gpu::Caps;
+use crate::gpu::{Caps, ComponentLayout};
 use crate::tensor::Element;
 
 /// Subgroups of a workgroup. On an H100 one workgroup of eight is resident on a multiprocessor, and its registers hold
 /// the kept rows and the results.
 const SUBGROUPS: usize = 8;
-/// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of the forward of rows four, up
-/// to 16 % over two; of dk and dv four where a workgroup has half of `SUBGROUPS`, 2 to 4 % over two, else two, 2 % over four,
-/// and above `COLUMNS_HEAD_DIM` eight, 3 % over two (measured on an H100). The tiles of queries are numbered within blocks
-/// of d_scores, which have a multiple of these. Software drivers, which have matrices of 8x8, compile too long already
-/// with two.
+/// Tiles of a loop's body: of the forward and of dq by recomputing two, 4 to 8 % over one; of dk and dv eight, 3 % over two
+/// (measured on an H100). The tiles of queries are numbered within blocks of d_scores, which have a multiple of these.
+/// Software drivers, which have matrices of 8x8, compile too long already with two.
 const fn unroll(size: usize, tiles: usize) -> usize {
     if size == 16 { tiles } else { 1 }
 }
 /// Largest head_dim: kept rows and results of more do not fit the registers, nor staged rows 48 KiB of workgroup memory.
 const MAX_HEAD_DIM: usize = 128;
-/// Subgroups of a workgroup of `flash_forward_rows_coop`: of four, two or three workgroups share a multiprocessor of an
-/// H100.
-const ROWS_SUBGROUPS: usize = 4;
-/// Where it is faster than `flash_forward_coop` on an H100: up to a head_dim, from so many workgroups on. (Head_dim 64: 256
-/// take 0.122 ms in place of 0.100, 320 0.166 in place of 0.166, 384 0.206 in place of 0.230. 80: 448 take 0.362 in place of
-/// 0.337, 512 0.416 in place of 0.420. 96: 2.21 in place of 2.17 at 18,432 tokens.)
-const ROWS: [(usize, usize); 2] = [(64, 384), (80, 512)];
-/// Head_dim at which `flash_forward_rows_coop` is faster with stores of keys and values in turns. (An H200, 18,432 tokens, in
-/// turns / apart: 16 0.856 / 0.852 ms, 32 1.128 / 1.058, 48 1.323 / 1.283, 64 1.414 / 1.442, 80 2.019 / 1.804.)
-const MIXED_HEAD_DIM: usize = 64;
-/// Where `flash_backward_dkdv_columns_coop` is faster than `flash_backward_dkdv_coop` on an H100: up to this head_dim its
-/// registers hold what it keeps.
-const COLUMNS_HEAD_DIM: usize = 96;
-/// Workgroup memory with which two workgroups of half of `SUBGROUPS` share a multiprocessor of an H100.
-const SHARED_BYTES: usize = 24 << 10;
+/// `flash_forward_registers_coop`, where it is faster than `flash_forward_coop` on an H200: up to a head_dim, with so many
+/// subgroups, where the workgroups are more than so many times what the multiprocessors run at a time. (4,096 tokens and 8
+/// heads, which are fewer, head_dim 64 / 80 / 96: 0.106 / 0.132 / 0.173 ms in place of 0.101 / 0.115 / 0.121. 8,192 and 64 /
+/// 96: 0.235 / 0.360 in place of 0.289 / 0.448. A workgroup of four shares a multiprocessor with another, in 24 KiB each.)
+const FORWARD_REGISTERS: [(usize, usize, f64); 2] = [(80, 4, 1.0), (112, 8, 1.5)];
+/// `flash_backward_dkdv_registers_coop`: up to a head_dim, with so many subgroups, matrices of queries in a tile and tiles in
+/// a loop's body, the fastest of those that were measured on an H200. At head_dim 128 its registers spill.
+const DKDV_REGISTERS: [(usize, usize, usize, usize); 3] = [(80, 4, 2, 4), (96, 8, 2, 4), (112, 8, 1, 1)];
 /// Queries of a workgroup of `flash_backward_dq_sum`.
 pub(super) const SUM_ROWS: usize = 32;
+
+/// Layouts in which what a lane has of d_scores^T are 16 bytes that dq can take: keys of one query (llvmpipe's), or four
+/// queries of two keys each (NVIDIA's).
+const BY_QUERIES: ComponentLayout = ComponentLayout { rows: 8, columns: 1, run: 1 };
+const BY_KEYS: ComponentLayout = ComponentLayout { rows: 2, columns: 4, run: 2 };
 
 /// Tokens of a block of queries or keys of d_scores, with matrices of a size.
 pub(super) const fn ds_block(size: usize) -> usize {
@@ -58,6 +54,8 @@ pub(super) struct Matrices {
     /// Matrices side by side in a row of q.
     depth: usize,
     element_bytes: usize,
+    /// How a subgroup holds them, if kernels can reach their components.
+    layout: Option<ComponentLayout>,
 }
 
 impl Matrices {
@@ -74,6 +72,7 @@ impl Matrices {
             row_loads: head_dim * element_bytes / 16,
             depth: head_dim / size,
             element_bytes,
+            layout: caps.layout(caps.tier, element),
         };
         let fits = caps.has_matrix(caps.tier, element)
             && head_dim.is_multiple_of(size)
@@ -137,6 +136,7 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
             block_m,
             block_n,
             matrix: Some(size),
+            layout: None,
             constants: vec![
                 ("SUBGROUP", matrices.subgroup),
                 ("DEPTH_MATRICES", depth),
@@ -158,100 +158,116 @@ pub(super) fn forward(caps: &Caps, head_dim: usize, element: Element) -> Option<
     )
 }
 
-/// The forward of rows: its subgroups branch by themselves.
-pub(super) const FORWARD_OF_ROWS: &str = "attention/flash_forward_rows_coop";
+/// The forward in registers: its subgroups branch by themselves.
+pub(super) const FORWARD_IN_REGISTERS: &str = "attention/flash_forward_registers_coop";
 
-/// The tile of `flash_forward_rows_coop`, for shapes that it is faster for than `flash_forward_coop`.
-pub(super) fn forward_of_rows(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
+/// The tile of `flash_forward_registers_coop`, for devices and shapes that it is faster for than `flash_forward_coop`.
+pub(super) fn forward_in_registers(caps: &Caps, shape: &FlashShape) -> Option<Tile> {
     let FlashShape { batch, tokens, heads, head_dim, element, .. } = *shape;
     let matrices = Matrices::new(caps, head_dim, element)?;
-    let Matrices { size, vectors, subgroup, lanes, row_vectors, row_loads, depth, .. } = matrices;
-    let (block_m, block_n, invocations) = (2 * size * ROWS_SUBGROUPS, size, ROWS_SUBGROUPS * subgroup);
-    let (_, least) = ROWS.into_iter().find(|(most, _)| head_dim <= *most)?;
-    let workgroups = batch * heads * tokens.div_ceil(block_m);
-    if workgroups < least || lanes > vectors || row_loads > invocations {
+    let Matrices { size, subgroup, row_vectors, row_loads, depth, layout, .. } = matrices;
+    let layout = layout?;
+    let (_, subgroups, rounds) = FORWARD_REGISTERS.into_iter().find(|(most, ..)| head_dim <= *most)?;
+    let (block_m, block_n, invocations) = (2 * size * subgroups, 2 * size, subgroups * subgroup);
+    let of_all = batch * heads * tokens.div_ceil(block_m) * subgroups;
+    if of_all as f64 <= rounds * (SUBGROUPS * caps.processors.get()) as f64 || row_loads > invocations {
         return None;
     }
+    let tiles = matrices.stored(2 * block_n, 2 * row_vectors);
     fitting(
         caps,
         Tile {
-            shader: FORWARD_OF_ROWS,
+            shader: FORWARD_IN_REGISTERS,
             block_m,
             block_n,
             matrix: Some(size),
+            layout: Some(layout),
             constants: vec![
                 ("SUBGROUP", subgroup),
                 ("DEPTH_MATRICES", depth),
-                ("CHUNKS", vectors / lanes),
-                ("LANE_BITS", lanes.ilog2() as usize),
+                ("KEY_MATRICES", block_n / size),
+                ("QUERY_LOADS", (size * row_loads).div_ceil(subgroup)),
                 ("STAGES", block_n.div_ceil(invocations / row_loads)),
-                ("MIXED", usize::from(head_dim == MIXED_HEAD_DIM)),
-                ("UNROLL", unroll(size, 4)),
+                ("LANE_BITS", (size / layout.columns).ilog2() as usize),
+                ("UNROLL", unroll(size, 2)),
             ],
             invocations,
-            workgroup_bytes: matrices.stored(2 * size, 2 * row_vectors)
-                + Matrices::single(size, ROWS_SUBGROUPS * vectors)
-                + matrices.stored(size, ROWS_SUBGROUPS * vectors)
+            workgroup_bytes: tiles.max(matrices.stored(size * subgroups, row_vectors))
+                + 16
                 + if caps.lone_barriers { 0 } else { 16 },
         },
     )
 }
 
-/// The tile of `flash_backward_dkdv_coop` or `flash_backward_dkdv_columns_coop`. With `parts` it also writes d_scores, and
-/// so many workgroups share a block.
+/// The tile of the kernel of dk and dv. With `parts` it also writes d_scores, and so many workgroups share a block.
 pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, parts: Option<usize>) -> Option<Tile> {
     let matrices = Matrices::new(caps, head_dim, element)?;
-    if head_dim > COLUMNS_HEAD_DIM {
-        return fitting(caps, dkdv_tile(&matrices, SUBGROUPS, false, parts));
-    }
-    let shared = dkdv_tile(&matrices, SUBGROUPS / 2, true, parts);
-    if shared.workgroup_bytes <= SHARED_BYTES && matrices.row_loads <= shared.invocations {
-        return fitting(caps, shared);
-    }
-    fitting(caps, dkdv_tile(&matrices, SUBGROUPS, true, parts))
+    let in_registers = dkdv_in_registers(&matrices, head_dim, parts).and_then(|tile| fitting(caps, tile));
+    in_registers.or_else(|| fitting(caps, dkdv_through_memory(&matrices, parts)))
 }
 
-fn dkdv_tile(matrices: &Matrices, subgroups: usize, columns: bool, parts: Option<usize>) -> Tile {
-    let Matrices { size, vectors, subgroup, row_vectors, row_loads, depth, .. } = *matrices;
-    let (block_m, block_n, invocations) = (size, subgroups * size, subgroups * subgroup);
-    let (first, second) = (depth.div_ceil(2), depth / 2);
-    let (shader, staged) = if columns {
-        ("attention/flash_backward_dkdv_columns_coop", matrices.stored(4 * size, row_vectors))
-    } else {
-        let halves = matrices.stored(4 * size, first * vectors) + matrices.stored(6 * size, second * vectors);
-        ("attention/flash_backward_dkdv_coop", halves)
-    };
-    let mut constants = vec![
-        ("SUBGROUP", subgroup),
-        ("DEPTH_MATRICES", depth),
-        ("MATRIX_CHUNKS", matrices.chunks()),
-        ("STAGES", block_m.div_ceil((invocations / row_loads).max(1))),
-        ("KEPT_MATRICES", first),
-        ("KEPT_LOADS", matrices.kept_loads(first)),
-        ("DS_SCRATCH", usize::from(parts.is_some())),
-        ("DS_BLOCK", ds_block(size)),
-        ("PARTS", parts.unwrap_or(1)),
-    ];
-    if columns {
-        // Two tiles ahead: 2 to 4 % over one at head_dim 64, where registers are left.
-        let (tiles, ahead) = if subgroups < SUBGROUPS { (4, 2) } else { (2, 1) };
-        let tiles = unroll(size, tiles);
-        constants.extend([("UNROLL", tiles), ("AHEAD", ahead.min(tiles))]);
-    } else {
-        constants.extend([
-            ("FIRST_MATRICES", first),
-            ("SECOND_MATRICES", second),
-            ("UNROLL", unroll(size, block_n / block_m)),
-        ]);
+/// The tile of `flash_backward_dkdv_registers_coop`.
+fn dkdv_in_registers(matrices: &Matrices, head_dim: usize, parts: Option<usize>) -> Option<Tile> {
+    let Matrices { size, subgroup, row_vectors, row_loads, depth, layout, .. } = *matrices;
+    // What a lane has of d_scores are two vectors of four keys, or of four queries: see `dq_from_ds`.
+    let layout = layout.filter(|layout| *layout == BY_QUERIES || *layout == BY_KEYS)?;
+    let (_, subgroups, tile, unrolled) = DKDV_REGISTERS.into_iter().find(|(most, ..)| head_dim <= *most)?;
+    let (block_m, block_n, invocations) = (tile * size, subgroups * size, subgroups * subgroup);
+    if row_loads > invocations {
+        return None;
     }
-    Tile {
-        shader,
+    Some(Tile {
+        shader: "attention/flash_backward_dkdv_registers_coop",
         block_m,
         block_n,
         matrix: Some(size),
-        constants,
+        layout: Some(layout),
+        constants: vec![
+            ("SUBGROUP", subgroup),
+            ("DEPTH_MATRICES", depth),
+            ("TILE_MATRICES", tile),
+            ("OWN_LOADS", (size * row_loads).div_ceil(subgroup)),
+            ("STAGES", block_m.div_ceil(invocations / row_loads)),
+            ("DS_SCRATCH", usize::from(parts.is_some())),
+            ("DS_BLOCK", ds_block(size)),
+            ("PARTS", parts.unwrap_or(1)),
+            ("UNROLL", unroll(size, unrolled)),
+        ],
         invocations,
-        workgroup_bytes: staged.max(matrices.stored(subgroups * size, first * vectors))
+        workgroup_bytes: matrices.stored(2 * block_m, 2 * row_vectors).max(matrices.stored(block_n, row_vectors))
+            + 16 * block_m
+            + 16,
+    })
+}
+
+/// The tile of `flash_backward_dkdv_coop`.
+fn dkdv_through_memory(matrices: &Matrices, parts: Option<usize>) -> Tile {
+    let Matrices { size, vectors, subgroup, row_loads, depth, .. } = *matrices;
+    let (block_m, block_n, invocations) = (size, SUBGROUPS * size, SUBGROUPS * subgroup);
+    let (first, second) = (depth.div_ceil(2), depth / 2);
+    let staged = matrices.stored(4 * size, first * vectors) + matrices.stored(6 * size, second * vectors);
+    Tile {
+        shader: "attention/flash_backward_dkdv_coop",
+        block_m,
+        block_n,
+        matrix: Some(size),
+        layout: None,
+        constants: vec![
+            ("SUBGROUP", subgroup),
+            ("DEPTH_MATRICES", depth),
+            ("MATRIX_CHUNKS", matrices.chunks()),
+            ("STAGES", block_m.div_ceil(invocations / row_loads)),
+            ("KEPT_MATRICES", first),
+            ("KEPT_LOADS", matrices.kept_loads(first)),
+            ("FIRST_MATRICES", first),
+            ("SECOND_MATRICES", second),
+            ("DS_SCRATCH", usize::from(parts.is_some())),
+            ("DS_BLOCK", ds_block(size)),
+            ("PARTS", parts.unwrap_or(1)),
+            ("UNROLL", unroll(size, block_n / block_m)),
+        ],
+        invocations,
+        workgroup_bytes: staged.max(matrices.stored(block_n, first * vectors))
             + Matrices::single(2 * size, block_n / 4)
             + matrices.stored(2 * size, block_n / 4),
     }
@@ -270,6 +286,7 @@ pub(super) fn dq(caps: &Caps, head_dim: usize, element: Element) -> Option<Tile>
             block_m,
             block_n,
             matrix: Some(size),
+            layout: None,
             constants: vec![
                 ("SUBGROUP", matrices.subgroup),
                 ("DEPTH_MATRICES", depth),
@@ -296,6 +313,7 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
     if row_loads > invocations || invocations > caps.limits.max_compute_invocations_per_workgroup as usize {
         return None;
     }
+    let by_keys = dkdv(caps, head_dim, element, Some(1))?.layout == Some(BY_KEYS);
     let columns = depth.div_ceil(2);
     // What the registers hold beside the results, which more subgroups share. (With three at head_dim 128 and two row parts
     // they spill: 6.48 ms of whole backward in place of 5.88 at 18,432 tokens.) Three make a longer body too.
@@ -307,6 +325,7 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
             block_m,
             block_n: ds_block(size),
             matrix: Some(size),
+            layout: None,
             constants: vec![
                 ("SUBGROUP", subgroup),
                 ("ROW_PARTS", row_parts),
@@ -318,10 +337,14 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
                 ("BODY", if sets > 2 { 4 } else { 2 * unroll(size, 2) }),
                 ("EARLY", columns.div_ceil(2)),
                 ("DS_BLOCK", ds_block(size)),
+                ("BY_KEYS", usize::from(by_keys)),
             ],
             invocations,
-            workgroup_bytes: matrices.stored(block_m, step / 4)
-                + matrices.stored(step, 2 * columns * vectors)
+            workgroup_bytes: if by_keys {
+                matrices.stored(step, block_m / 4)
+            } else {
+                matrices.stored(block_m, step / 4)
+            } + matrices.stored(step, 2 * columns * vectors)
                 + 2 * row_parts * size * (vectors + 1) * 16
                 + 16,
         },
@@ -332,7 +355,15 @@ pub(super) fn dq_from_ds(caps: &Caps, head_dim: usize, element: Element, row_par
 pub(super) fn dkdv_sum(dkdv: &Tile, matrices: &Matrices, parts: usize) -> Tile {
     Tile {
         shader: "attention/flash_backward_dkdv_sum",
-        constants: vec![("DEPTH_MATRICES", matrices.depth), ("DS_BLOCK", ds_block(matrices.size)), ("PARTS", parts)],
+        // What a workgroup adds.
+        block_m: matrices.size,
+        layout: None,
+        constants: vec![
+            ("DEPTH_MATRICES", matrices.depth),
+            ("DS_BLOCK", ds_block(matrices.size)),
+            ("PARTS", parts),
+            ("IN_GROUPS", usize::from(dkdv.layout.is_none())),
+        ],
         invocations: 256,
         workgroup_bytes: 0,
         ..dkdv.clone()
@@ -368,49 +399,56 @@ pub(super) mod tests {
             ..wgpu::Limits::default()
         };
         let matrices = vec![MatrixKind { size: 16, factors: Element::F16 }];
-        Caps { limits, shader_f16: true, matrices, subgroup: 32, tier: Tier::Coop16, ..Caps::default() }
+        let layouts = matrices.iter().map(|&kind| (kind, BY_KEYS)).collect();
+        Caps { limits, shader_f16: true, matrices, layouts, subgroup: 32, tier: Tier::Coop16, ..Caps::default() }
     }
 
     pub fn shape(tokens: usize, kv_heads: usize, element: Element) -> FlashShape {
         FlashShape { batch: 1, tokens, heads: 8, kv_heads, head_dim: 128, element, layout: Layout::HeadsTokens }
     }
 
-    #[test]
-    fn rows_are_for_many_workgroups_of_a_small_head_dim() {
-        let caps = caps();
-        let of = |caps: &Caps, tokens, head_dim, element| {
-            forward_of_rows(caps, &FlashShape { head_dim, ..shape(tokens, 8, element) })
-        };
-        for head_dim in (16..=80).step_by(16) {
-            // Two of them on a multiprocessor, or three where registers leave room for them.
-            let tile = of(&caps, 8_192, head_dim, Element::F16);
-            let most = if head_dim <= 48 { 16 << 10 } else { SHARED_BYTES };
-            assert!(tile.is_some_and(|tile| tile.workgroup_bytes <= most), "{head_dim}");
+    /// Two workgroups of four subgroups share a multiprocessor, or one of eight has it.
+    fn fits_a_multiprocessor(tile: &Tile) -> bool {
+        match tile.invocations {
+            128 => tile.workgroup_bytes <= 24 << 10,
+            256 => tile.workgroup_bytes <= 48 << 10,
+            _ => false,
         }
-        assert!(of(&caps, 6_144, 64, Element::F16).is_some());
-        assert_eq!(of(&caps, 4_096, 64, Element::F16), None);
-        assert_eq!(of(&caps, 6_144, 80, Element::F16), None);
-        assert_eq!(of(&caps, 18_432, 96, Element::F16), None);
-        assert_eq!(of(&caps, 18_432, 64, Element::F32), None);
-        // More lanes to a row of a matrix than it has vectors.
-        let matrices = vec![MatrixKind { size: 8, factors: Element::F16 }];
-        assert_eq!(of(&Caps { matrices, tier: Tier::Coop8, ..caps }, 18_432, 64, Element::F16), None);
     }
 
     #[test]
-    fn dkdv_shares_a_multiprocessor_where_it_can() {
+    fn the_forward_in_registers_is_for_many_workgroups() {
         let caps = caps();
-        for parts in [None, Some(1), Some(4)] {
-            let of = |head_dim| dkdv(&caps, head_dim, Element::F16, parts);
-            for head_dim in (16..=64).step_by(16) {
-                let shared = |tile: Tile| tile.invocations == 128 && tile.workgroup_bytes <= SHARED_BYTES;
-                assert!(of(head_dim).is_some_and(shared), "{head_dim}");
-            }
-            for head_dim in (80..=MAX_HEAD_DIM).step_by(16) {
-                assert!(of(head_dim).is_some_and(|tile| tile.invocations == 256), "{head_dim}");
-            }
-            let [below, above] = [COLUMNS_HEAD_DIM, COLUMNS_HEAD_DIM + 16].map(|d| of(d).map(|tile| tile.shader));
-            assert_ne!(below, above);
+        let of = |caps: &Caps, tokens, head_dim, element| {
+            forward_in_registers(caps, &FlashShape { head_dim, ..shape(tokens, 8, element) })
+        };
+        for head_dim in (16..=112).step_by(16) {
+            let tile = of(&caps, 8_192, head_dim, Element::F16);
+            assert!(tile.is_some_and(|tile| fits_a_multiprocessor(&tile)), "{head_dim}");
+            assert_eq!(of(&caps, 4_096, head_dim, Element::F16), None);
+        }
+        assert_eq!(of(&caps, 18_432, 128, Element::F16), None);
+        // No matrices of f32, and none that tell their components.
+        assert_eq!(of(&caps, 18_432, 64, Element::F32), None);
+        assert_eq!(of(&Caps { layouts: Vec::new(), ..caps }, 18_432, 64, Element::F16), None);
+    }
+
+    #[test]
+    fn dkdv_is_in_registers_where_it_can_be() {
+        let caps = caps();
+        let other = ComponentLayout { rows: 4, columns: 2, run: 2 };
+        let elsewhere = Caps { layouts: caps.layouts.iter().map(|&(kind, _)| (kind, other)).collect(), ..caps.clone() };
+        for (parts, head_dim) in [None, Some(1), Some(4)]
+            .into_iter()
+            .flat_map(|parts| (16..=MAX_HEAD_DIM).step_by(16).map(move |d| (parts, d)))
+        {
+            let of = |caps| dkdv(caps, head_dim, Element::F16, parts).expect("it fits");
+            assert!(fits_a_multiprocessor(&of(&caps)), "{head_dim}");
+            assert_eq!(of(&caps).layout.is_some(), head_dim <= 112);
+            assert_eq!(of(&elsewhere).layout, None);
+            // A body of tiles lies in one block of queries.
+            let unrolled = of(&caps).constants.iter().find(|(name, _)| *name == "UNROLL").map_or(1, |(_, n)| *n);
+            assert!(ds_block(16).is_multiple_of(unrolled * of(&caps).block_m));
         }
     }
 

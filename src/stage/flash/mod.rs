@@ -194,7 +194,10 @@ impl FlashShape {
             .flag("HEADS_IN_TURN", heads_in_turn);
         if let Some(size) = tile.matrix {
             kernel = kernel.matrices(size, self.element);
-            if tile.shader == coop::FORWARD_OF_ROWS {
+            if let Some(layout) = tile.layout {
+                kernel = kernel.components(layout);
+            }
+            if tile.shader == coop::FORWARD_IN_REGISTERS {
                 kernel = kernel.branch(caps);
             }
         } else if tile.shader == plan::FORWARD {
@@ -322,8 +325,8 @@ impl FlashShape {
                 }
             }
             if let (Some(last), true) = (plan.chunks.last(), plan.dkdv_parts > 1) {
-                let work = |_| (2 * plan.dkdv.block_m * 2 * self.head_dim * plan.dkdv_parts) as u64;
-                let rows = last.blocks.end * plan.dq.block_n / plan.dkdv.block_m;
+                let work = |_| (2 * plan.dkdv_sum.block_m * 2 * self.head_dim * plan.dkdv_parts) as u64;
+                let rows = last.blocks.end * plan.dq.block_n / plan.dkdv_sum.block_m;
                 command = add(command, &dkdv_sum, (&heads, last), (rows, heads.kv_heads.len()), &work)?;
             }
         }
@@ -372,7 +375,7 @@ pub fn record_forward(
     recording.require("o", o, shape.element, &shape.q())?;
     let lse = recording.scratch("lse", Element::F32, &shape.lse())?;
     let caps = recording.caps().clone();
-    let tile = match coop::forward_of_rows(&caps, shape) {
+    let tile = match coop::forward_in_registers(&caps, shape) {
         Some(tile) => tile,
         None => plan(&caps, shape.head_dim, shape.element)?.forward,
     };
@@ -490,7 +493,7 @@ fn record_delta(recording: &mut Recording, shape: &FlashShape, forward: &FlashFo
 mod tests {
     use super::*;
     use crate::config::MAX_HEAD_DIM;
-    use crate::gpu::{MatrixKind, Tier, parse, reflect};
+    use crate::gpu::{ComponentLayout, MatrixKind, Tier, parse, reflect};
 
     /// A device of every tier.
     fn devices() -> Vec<Caps> {
@@ -503,8 +506,20 @@ mod tests {
             let matrices = [Element::F16, Element::F32].map(|factors| MatrixKind { size, factors }).to_vec();
             Caps { limits, shader_f16: true, matrices, subgroup, tier, ..Caps::default() }
         };
+        let with_layout = |caps: Caps, rows, columns, run| {
+            let layout = ComponentLayout { rows, columns, run };
+            Caps { layouts: caps.matrices.iter().map(|&kind| (kind, layout)).collect(), ..caps }
+        };
         let simt_f16 = Caps { shader_f16: true, tier: Tier::SimtF16, ..Caps::default() };
-        vec![Caps::default(), simt_f16, coop(Tier::Coop8, 8, 8), coop(Tier::Coop8, 8, 32), coop(Tier::Coop16, 16, 32)]
+        vec![
+            Caps::default(),
+            simt_f16,
+            coop(Tier::Coop8, 8, 8),
+            with_layout(coop(Tier::Coop8, 8, 8), 8, 1, 1),
+            coop(Tier::Coop8, 8, 32),
+            coop(Tier::Coop16, 16, 32),
+            with_layout(coop(Tier::Coop16, 16, 32), 2, 4, 2),
+        ]
     }
 
     #[test]
@@ -514,12 +529,14 @@ mod tests {
             for element in [Element::F16, Element::F32] {
                 let layout = Layout::HeadsTokens;
                 let shape = FlashShape { batch: 1, tokens: 1, heads: 1, kv_heads: 1, head_dim, element, layout };
+                let in_registers = coop::forward_in_registers(caps, &FlashShape { batch: 1 << 12, ..shape });
                 let plan = plan(caps, head_dim, element)?;
                 let products = [2, 4].map(|row_parts| coop::dq_from_ds(caps, head_dim, element, row_parts));
                 let with_scratch = scratch::backward_with_scratch(caps, &shape).map(|plan| {
                     [plan.dkdv, plan.dkdv_sum, plan.dq_sum].into_iter().chain(products.into_iter().flatten())
                 });
-                for tile in [plan.forward, plan.dkdv, plan.dq].into_iter().chain(with_scratch.into_iter().flatten()) {
+                let with_scratch = with_scratch.into_iter().flatten();
+                for tile in [plan.forward, plan.dkdv, plan.dq].into_iter().chain(in_registers).chain(with_scratch) {
                     let case = format!("{}, {}, head_dim {head_dim}, {element}", tile.shader, caps.tier);
                     let reflection =
                         reflect(tile.shader, &parse(tile.shader, &shape.kernel(caps, &tile, true).compose()?)?)?;

@@ -3,7 +3,7 @@
 
 use super::{FlashShape, coop};
 use crate::error::{Error, Result};
-use crate::gpu::Caps;
+use crate::gpu::{Caps, ComponentLayout};
 use crate::tensor::Element;
 
 /// A kernel with its tile.
@@ -17,6 +17,8 @@ pub struct Tile {
     pub block_n: usize,
     /// Rows and columns of the kernel's cooperative matrices, if it uses any.
     pub matrix: Option<usize>,
+    /// How subgroups hold them, if the kernel takes their components.
+    pub layout: Option<ComponentLayout>,
     /// The kernel's other constants.
     pub constants: Vec<(&'static str, usize)>,
     /// Invocations of a workgroup.
@@ -93,6 +95,7 @@ fn simt(
         block_m,
         block_n,
         matrix: None,
+        layout: None,
         constants: vec![("CHUNK", chunk), ("STAGES", stages), ("STRIPS", strips), ("SUMS", stages * strips)],
         invocations: kept / 4 * lanes,
         workgroup_bytes: VEC4 * rows_by_rows.max(weighted_rows),
