@@ -25,27 +25,8 @@
 // place of infinity and NaN. The weights of such a query are NaN by its lse, its d_scores by its delta; what dv lacks
 // of d_o then is added in the last step.
 
-#import shared/chunk_params
-#import shared/dkdv_carried
-#import shared/ds_scratch
-#import shared/grid
-#import shared/lacking
-#import shared/non_finite_d_o
+#import shared/dkdv
 
-@group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
-@group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>;   // the same with KV heads
-@group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>;   // as k
-@group(0) @binding(3) var<storage, read_write> d_o: array<vec4<u32>>; // as q
-@group(0) @binding(4) var<storage, read_write> lse_delta: array<vec2<f32>>; // [B, H, S]
-@group(0) @binding(5) var<storage, read_write> dk: array<elem4>;      // as k
-@group(0) @binding(6) var<storage, read_write> dv: array<elem4>;      // as k
-@group(0) @binding(7) var<uniform> params: Params;
-#for once in 0..DS_SCRATCH
-@group(0) @binding(8) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and pair of blocks, see ds_pair
-@group(0) @binding(9) var<storage, read_write> carried: array<vec4<f32>>; // see carried_block
-#end
-
-const LOG2_E: f32 = 1.4426950408889634;
 const WORKGROUP: u32 = SUBGROUPS * SUBGROUP;
 const LANES: u32 = SUBGROUP / MATRIX;
 
@@ -63,7 +44,6 @@ const KEPT_ROW_LOADS: u32 = KEPT_MATRICES * MATRIX_VECTORS / LOAD_VECTORS;
 const KEPT_EVEN: bool = KEPT_LOADS * SUBGROUP == MATRIX * KEPT_ROW_LOADS;
 
 // Staging of a tile's rows: STAGE_ROWS at a time, one load for each invocation.
-const LOADS: u32 = VECTORS / LOAD_VECTORS;
 const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && MATRIX % STAGE_ROWS == 0u;
 
@@ -84,12 +64,6 @@ fn kept_load(kv_base: u32, first_token: u32, half: u32, i: u32) -> u32 {
     return (kv_base + token * params.kv_token_stride) * LOADS + load;
 }
 
-// Where a row of q or d_o begins, in loads; past the last token, that of the last.
-fn row_load(batch: u32, head: u32, token: u32) -> u32 {
-    let base = batch * params.tokens * params.heads + head * params.head_stride;
-    return (base + min(token, params.tokens - 1u) * params.token_stride) * LOADS;
-}
-
 const FIRST_STRIDE: u32 = FIRST_MATRICES * MATRIX_VECTORS + 2u;
 const SECOND_STRIDE: u32 = SECOND_MATRICES * MATRIX_VECTORS + 2u;
 
@@ -106,27 +80,7 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let index = linear_workgroup(workgroup, workgroups);
-    if (index >= params.units) {
-        return;
-    }
-    // Heads are fastest; the block with most queries comes first.
-    let unit = params.first_unit + index;
-    let kv_head_index = unit % params.kv_head_count;
-    let batch = (params.first_kv_head + kv_head_index) / params.kv_heads;
-    let kv_head = (params.first_kv_head + kv_head_index) % params.kv_heads;
-    let group_size = params.heads / params.kv_heads;
-    let first_head = kv_head * group_size + params.first_member;
-    let end_head = first_head + params.members;
-    let block = unit / params.kv_head_count;
-    let first_key = block * BLOCK_N;
-    // The first of the queries that see the block.
-    let first_row = max(block / KEY_BLOCKS, params.first_block) * DS_BLOCK;
-    let kv_base = batch * params.tokens * (params.kv_heads / PARTS) + kv_head / PARTS * params.kv_head_stride;
-    let last_token = params.tokens - 1u;
-    let tiles = (min(params.end_block * DS_BLOCK, params.tokens) - first_row + MATRIX - 1u) / MATRIX;
-    let row_loads = params.token_stride * LOADS;
-    let exponent_scale = params.scale * LOG2_E;
+    #import shared/dkdv_unit
 
     let subgroup = invocation / SUBGROUP;
     let group = subgroup / (SUBGROUPS / 2u);

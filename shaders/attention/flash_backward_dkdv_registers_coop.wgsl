@@ -13,27 +13,8 @@
 // An H200, whole backward, 18,432 tokens, head_dim 32 / 64 / 80 / 96 / 112: 2.32 / 3.41 / 4.39 / 4.76 / 5.37 ms;
 // kernels whose scores passed through memory took 3.87 / 3.86 / 4.54 / 5.12 / 5.66. At 128 they are faster.
 
-#import shared/chunk_params
-#import shared/dkdv_carried
-#import shared/ds_scratch
-#import shared/grid
-#import shared/lacking
-#import shared/non_finite_d_o
+#import shared/dkdv
 
-@group(0) @binding(0) var<storage, read_write> q: array<vec4<u32>>;   // [B, S, H, D] or [B, H, S, D]
-@group(0) @binding(1) var<storage, read_write> k: array<vec4<u32>>;   // the same with KV heads
-@group(0) @binding(2) var<storage, read_write> v: array<vec4<u32>>;   // as k
-@group(0) @binding(3) var<storage, read_write> d_o: array<vec4<u32>>; // as q
-@group(0) @binding(4) var<storage, read_write> lse_delta: array<vec2<f32>>; // [B, H, S]
-@group(0) @binding(5) var<storage, read_write> dk: array<elem4>;      // as k
-@group(0) @binding(6) var<storage, read_write> dv: array<elem4>;      // as k
-@group(0) @binding(7) var<uniform> params: Params;
-#for once in 0..DS_SCRATCH
-@group(0) @binding(8) var<storage, read_write> ds: array<vec4<u32>>;  // by query head and pair of blocks, see ds_pair
-@group(0) @binding(9) var<storage, read_write> carried: array<vec4<f32>>; // see carried_block
-#end
-
-const LOG2_E: f32 = 1.4426950408889634;
 const LOWEST: f32 = -1e30;
 const WORKGROUP: u32 = SUBGROUPS * SUBGROUP;
 
@@ -45,7 +26,6 @@ const OWN_STRIDE: u32 = VECTORS + 2u;
 const OWN_ROWS: u32 = MATRIX * OWN_STRIDE;
 
 // Staging of a tile's rows: STAGE_ROWS at a time, one load of q and one of d_o for each invocation.
-const LOADS: u32 = VECTORS / LOAD_VECTORS;
 const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && BLOCK_M % STAGE_ROWS == 0u;
 const OWN_EVEN: bool = OWN_LOADS * SUBGROUP == MATRIX * LOADS;
@@ -55,12 +35,6 @@ var<workgroup> staged: array<elem4, max(2u * TILE, SUBGROUPS * OWN_ROWS)>;
 var<workgroup> terms: array<f32, 4u * BLOCK_M>;
 // One where a tile that the mask crosses held infinity or NaN in d_o, else zero.
 var<workgroup> non_finite: vec4<f32>;
-
-// Where a row of q or d_o begins, in loads; past the last token, that of the last.
-fn row_load(batch: u32, head: u32, token: u32) -> u32 {
-    let base = batch * params.tokens * params.heads + head * params.head_stride;
-    return (base + min(token, params.tokens - 1u) * params.token_stride) * LOADS;
-}
 
 // The row of a tile in which a query is staged: what a lane has of a row of scores^T are neighbouring queries.
 fn staged_row(query: u32) -> u32 {
@@ -74,33 +48,23 @@ fn own_load(kv_base: u32, first_token: u32, i: u32) -> u32 {
     return (kv_base + token * params.kv_token_stride) * LOADS + i % LOADS;
 }
 
+// Stages it among the subgroup's own rows.
+fn stage_own(own_at: u32, i: u32, load: vec4<u32>) {
+    if (OWN_EVEN || i < MATRIX * LOADS) {
+        let at = own_at + i / LOADS * OWN_STRIDE + i % LOADS * LOAD_VECTORS;
+        #for h in 0..LOAD_VECTORS
+        staged[at + $hu] = vector_of_load(load, $hu);
+        #end
+    }
+}
+
 @compute @workgroup_size(WORKGROUP)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let index = linear_workgroup(workgroup, workgroups);
-    if (index >= params.units) {
-        return;
-    }
-    // Heads are fastest; the block with most queries comes first.
-    let unit = params.first_unit + index;
-    let kv_head_index = unit % params.kv_head_count;
-    let batch = (params.first_kv_head + kv_head_index) / params.kv_heads;
-    let kv_head = (params.first_kv_head + kv_head_index) % params.kv_heads;
-    let group_size = params.heads / params.kv_heads;
-    let first_head = kv_head * group_size + params.first_member;
-    let end_head = first_head + params.members;
-    let block = unit / params.kv_head_count;
-    let first_key = block * BLOCK_N;
-    // The first of the queries that see the block.
-    let first_row = max(block / KEY_BLOCKS, params.first_block) * DS_BLOCK;
-    let kv_base = batch * params.tokens * (params.kv_heads / PARTS) + kv_head / PARTS * params.kv_head_stride;
-    let last_token = params.tokens - 1u;
-    let tiles = (min(params.end_block * DS_BLOCK, params.tokens) - first_row + BLOCK_M - 1u) / BLOCK_M;
-    let row_loads = params.token_stride * LOADS;
-    let exponent_scale = params.scale * LOG2_E;
+    #import shared/dkdv_unit
 
     let subgroup = invocation / SUBGROUP;
     let lane = invocation % SUBGROUP;
@@ -134,13 +98,7 @@ fn main(
     let v_load$n = v[load_at$n];
     #end
     #for n in 0..OWN_LOADS
-    if (OWN_EVEN || lane + $nu * SUBGROUP < MATRIX * LOADS) {
-        let load = lane + $nu * SUBGROUP;
-        let at = own_at + load / LOADS * OWN_STRIDE + load % LOADS * LOAD_VECTORS;
-        #for h in 0..LOAD_VECTORS
-        staged[at + $hu] = vector_of_load(k_load$n, $hu);
-        #end
-    }
+    stage_own(own_at, lane + $nu * SUBGROUP, k_load$n);
     #end
     subgroupBarrier();
     #for d in 0..DEPTH_MATRICES
@@ -148,13 +106,7 @@ fn main(
     #end
     subgroupBarrier();
     #for n in 0..OWN_LOADS
-    if (OWN_EVEN || lane + $nu * SUBGROUP < MATRIX * LOADS) {
-        let load = lane + $nu * SUBGROUP;
-        let at = own_at + load / LOADS * OWN_STRIDE + load % LOADS * LOAD_VECTORS;
-        #for h in 0..LOAD_VECTORS
-        staged[at + $hu] = vector_of_load(v_load$n, $hu);
-        #end
-    }
+    stage_own(own_at, lane + $nu * SUBGROUP, v_load$n);
     #end
     subgroupBarrier();
     #for d in 0..DEPTH_MATRICES
