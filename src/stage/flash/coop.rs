@@ -28,8 +28,8 @@ const DKDV_REGISTERS: [(usize, usize, usize, usize); 3] = [(80, 4, 2, 4), (96, 8
 /// Queries of a workgroup of `flash_backward_dq_sum`.
 pub(super) const SUM_ROWS: usize = 32;
 
-/// Layouts in which what a lane has of d_scores^T are 16 bytes that dq can take: keys of one query (llvmpipe's), or four
-/// queries of two keys each (NVIDIA's).
+/// Layouts in which what a lane has of d_scores^T are 16 bytes that dq can take: of 8x8 all keys of one query (llvmpipe's),
+/// of 16x16 four queries of two keys each (NVIDIA's).
 const BY_QUERIES: ComponentLayout = ComponentLayout { rows: 8, columns: 1, run: 1 };
 const BY_KEYS: ComponentLayout = ComponentLayout { rows: 2, columns: 4, run: 2 };
 
@@ -209,8 +209,7 @@ pub(super) fn dkdv(caps: &Caps, head_dim: usize, element: Element, parts: Option
 /// The tile of `flash_backward_dkdv_registers_coop`.
 fn dkdv_in_registers(matrices: &Matrices, head_dim: usize, parts: Option<usize>) -> Option<Tile> {
     let Matrices { size, subgroup, row_vectors, row_loads, depth, layout, .. } = *matrices;
-    // What a lane has of d_scores are two vectors of four keys, or of four queries: see `dq_from_ds`.
-    let layout = layout.filter(|layout| *layout == BY_QUERIES || *layout == BY_KEYS)?;
+    let layout = layout.filter(|layout| [(8, BY_QUERIES), (16, BY_KEYS)].contains(&(size, *layout)))?;
     let (_, subgroups, tile, unrolled) = DKDV_REGISTERS.into_iter().find(|(most, ..)| head_dim <= *most)?;
     let (block_m, block_n, invocations) = (tile * size, subgroups * size, subgroups * subgroup);
     if row_loads > invocations {
