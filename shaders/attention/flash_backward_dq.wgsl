@@ -45,18 +45,7 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let index = linear_workgroup(workgroup, workgroups);
-    if (index >= params.units) {
-        return;
-    }
-    let blocks = (params.tokens + BLOCK_M - 1u) / BLOCK_M;
-    let unit = unit_of(params.first_unit + index, blocks, params.heads);
-    let head = unit.head;
-    let first_query = (blocks - 1u - unit.block) * BLOCK_M;
-    let batch = unit.batch;
-    let kv_head = head / (params.heads / params.kv_heads);
-    let base = batch * params.tokens * params.heads + head * params.head_stride;
-    let kv_base = batch * params.tokens * params.kv_heads + kv_head * params.kv_head_stride;
+    #import shared/query_unit
 
     let lane = invocation % LANES;
     let query = first_query + invocation / LANES * 4u;

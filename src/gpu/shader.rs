@@ -82,6 +82,7 @@ shaders! {
     "shared/non_finite_d_o",
     "shared/non_finite_values",
     "shared/pyramid",
+    "shared/query_unit",
     "shared/rows",
     "shared/rms_norm_backward",
     "shared/row_norms",
