@@ -2,17 +2,18 @@
 // matrices (shared/components): its arguments, parameters, order of units, and infinity and NaN in what the mask
 // excludes.
 //
-// A subgroup has 2 * MATRIX query rows to itself, with q and all of o in registers. Components of a product become
-// those of a factor in place, so workgroup memory, which limits flash_forward_coop, carries keys and values alone. Key
-// tile j is one phase with a barrier at its end:
+// A subgroup has 2 * MATRIX query rows to itself, with all of o in registers, and q but for STORED_MATRICES of each row,
+// which stay in workgroup memory as its lanes hold them. Components of a product become those of a factor in place, so
+// otherwise workgroup memory, which limits flash_forward_coop, carries keys and values alone. Key tile j is one phase with a
+// barrier at its end:
 //
-//     powers of tile j from its scores, and whether one is too large;  keys of tile j + 2, values of tile j + 1 staged;
+//     keys of tile j + 2, values of tile j + 1 staged;  powers of tile j from its scores, and whether one is too large;
 //     scores of tile j + 1;  weights of tile j;  o += weights of tile j * values of tile j
 //
 // All that follows the rare branch is one stretch of code for the driver to mix: products of the next scores beside
-// exponentials of these. An H200, 18,432 tokens, head_dim 32 / 64 / 80 / 96 / 112: 0.70 / 1.11 / 1.39 / 1.71 / 2.02 ms;
-// a kernel of the same kind whose scores passed through memory, or flash_forward_coop, took 1.05 / 1.41 / 1.80 / 2.20 /
-// 2.46. At 128 registers spill, and flash_forward_coop is as fast.
+// exponentials of these. Loads from storage are waited for at a loop's end, so the loop begins with what needs them. An
+// H200, 18,432 tokens, head_dim 32 / 64 / 80 / 96 / 112 / 128: 0.73 / 1.07 / 1.37 / 1.68 / 1.99 / 2.26 ms; a kernel of
+// the same kind whose scores passed through memory, or flash_forward_coop, took 1.05 / 1.41 / 1.80 / 2.20 / 2.46 / 2.41.
 //
 // The weights are powers of two relative to a maximum of the row that is seldom raised: where a power passes LAZY, o is
 // rescaled. The maximum is zero until the row has a finite score.
@@ -55,7 +56,12 @@ const STAGE_ROWS: u32 = WORKGROUP / LOADS;
 const STAGE_EVEN: bool = STAGE_ROWS * LOADS == WORKGROUP && BLOCK_N % STAGE_ROWS == 0u;
 const QUERY_EVEN: bool = QUERY_LOADS * SUBGROUP == MATRIX * LOADS;
 
-var<workgroup> tiles: array<elem4, max(2u * TILE_VECTORS, SUBGROUPS * OWN_VECTORS)>;
+// A matrix as the lanes hold it, LANE_VECTORS each. Such ones of q, of each subgroup, lie behind the tiles.
+const HELD_VECTORS: u32 = SUBGROUP * LANE_VECTORS;
+const QUERIES_AT: u32 = 2u * TILE_VECTORS;
+const QUERY_VECTORS: u32 = 2u * STORED_MATRICES * HELD_VECTORS;
+
+var<workgroup> tiles: array<elem4, max(QUERIES_AT + SUBGROUPS * QUERY_VECTORS, SUBGROUPS * OWN_VECTORS)>;
 // The first element: whether values held infinity or NaN.
 var<workgroup> non_finite: vec4<u32>;
 
@@ -124,6 +130,21 @@ fn main(
         non_finite = vec4<u32>(0u);
     }
     workgroupBarrier();
+    let queries_at = QUERIES_AT + subgroup * QUERY_VECTORS + lane * LANE_VECTORS;
+    #for r in 0..2
+    #for d in 0..STORED_MATRICES
+    {
+        let components = components_of_factor(q$r[$d]);
+        #for v in 0..LANE_VECTORS
+        tiles[queries_at + ($ru * STORED_MATRICES + $du) * HELD_VECTORS + $vu] = elem4(
+            #for c in 0..4
+            components[4u * $vu + $cu],
+            #end
+        );
+        #end
+    }
+    #end
+    #end
     if (BLOCK_N - 1u > first_query) {
         #for s in 0..STAGES
         {
@@ -184,6 +205,44 @@ fn main(
             let buffer = select(tile, $uu, UNROLL % 2u == 0u) % 2u * TILE_VECTORS;
             let other = TILE_VECTORS - buffer;
 
+            // Two stores of 8 bytes one behind the other are one of 16 to NVIDIA's driver, if none to another place is between.
+            #for s in 0..STAGES
+            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
+                #for h in 0..LOAD_VECTORS
+                tiles[buffer + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
+                #end
+            }
+            #end
+            // Where a branch changes a load in place, NVIDIA's driver waits for it in the phase that issued it.
+            if (first_key + 2u * BLOCK_N - 1u > first_query) {
+                #for s in 0..STAGES
+                if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
+                    let finite = finite_load(next_value$s);
+                    if (any(finite != next_value$s)) {
+                        non_finite[0] = 1u;
+                    }
+                    #for h in 0..LOAD_VECTORS
+                    tiles[other + VECTORS + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] =
+                        vector_of_load(finite, $hu);
+                    #end
+                }
+                #end
+            } else {
+                #for s in 0..STAGES
+                if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
+                    #for h in 0..LOAD_VECTORS
+                    tiles[other + VECTORS + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] =
+                        vector_of_load(next_value$s, $hu);
+                    #end
+                }
+                #end
+            }
+            #for s in 0..STAGES
+            key_at$s = min(key_at$s + BLOCK_N * row_loads, last_load);
+            next_key$s = k[key_at$s];
+            value_at$s = min(value_at$s + BLOCK_N * row_loads, last_load);
+            next_value$s = v[value_at$s];
+            #end
             #for r in 0..2
             #for n in 0..KEY_MATRICES
             let components$r_$n = components_of_result(scores$r_$n);
@@ -262,47 +321,21 @@ fn main(
                     #end
                 }
             }
-            // Two stores of 8 bytes one behind the other are one of 16 to NVIDIA's driver, if none to another place is between.
-            #for s in 0..STAGES
-            if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
-                #for h in 0..LOAD_VECTORS
-                tiles[buffer + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] = vector_of_load(next_key$s, $hu);
-                #end
-            }
-            #end
-            // Where a branch changes a load in place, NVIDIA's driver waits for it in the phase that issued it.
-            if (first_key + 2u * BLOCK_N - 1u > first_query) {
-                #for s in 0..STAGES
-                if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
-                    let finite = finite_load(next_value$s);
-                    if (any(finite != next_value$s)) {
-                        non_finite[0] = 1u;
-                    }
-                    #for h in 0..LOAD_VECTORS
-                    tiles[other + VECTORS + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] =
-                        vector_of_load(finite, $hu);
-                    #end
-                }
-                #end
-            } else {
-                #for s in 0..STAGES
-                if (STAGE_EVEN || stage_row + $su * STAGE_ROWS < BLOCK_N) {
-                    #for h in 0..LOAD_VECTORS
-                    tiles[other + VECTORS + stage_at + $su * STAGE_ROWS * TILE_STRIDE + $hu] =
-                        vector_of_load(next_value$s, $hu);
-                    #end
-                }
-                #end
-            }
-            #for s in 0..STAGES
-            key_at$s = min(key_at$s + BLOCK_N * row_loads, last_load);
-            next_key$s = k[key_at$s];
-            value_at$s = min(value_at$s + BLOCK_N * row_loads, last_load);
-            next_value$s = v[value_at$s];
-            #end
             #for n in 0..KEY_MATRICES
             #for r in 0..2
             var next_scores$r_$n = MatrixC();
+            #end
+            #end
+            #for d in 0..STORED_MATRICES
+            #for r in 0..2
+            #for v in 0..LANE_VECTORS
+            let stored$r_$d_$v = tiles[queries_at + ($ru * STORED_MATRICES + $du) * HELD_VECTORS + $vu];
+            #end
+            q$r[$d] = factor_of_components(array<factor, COMPONENTS>(
+                #for v in 0..LANE_VECTORS
+                stored$r_$d_$v.x, stored$r_$d_$v.y, stored$r_$d_$v.z, stored$r_$d_$v.w,
+                #end
+            ));
             #end
             #end
             #for d in 0..DEPTH_MATRICES

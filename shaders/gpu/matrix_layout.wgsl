@@ -12,10 +12,6 @@ const VECTORS: u32 = ELEMENTS / 4u;
 var<workgroup> results: array<vec4<f32>, SUBGROUPS * VECTORS>;
 var<workgroup> factors: array<elem4, SUBGROUPS * VECTORS>;
 
-fn components_of_factor(matrix: MatrixA) -> array<factor, COMPONENTS> {
-    return array<factor, COMPONENTS>();
-}
-
 @compute @workgroup_size(SUBGROUPS * SUBGROUP)
 fn main(@builtin(local_invocation_index) invocation: u32) {
     for (var i = invocation; i < SUBGROUPS * VECTORS; i += SUBGROUPS * SUBGROUP) {

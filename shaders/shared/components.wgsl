@@ -21,6 +21,10 @@ fn result_of_components(components: array<f32, COMPONENTS>) -> MatrixC {
     return MatrixC();
 }
 
+fn components_of_factor(matrix: MatrixA) -> array<factor, COMPONENTS> {
+    return array<factor, COMPONENTS>();
+}
+
 fn factor_of_components(components: array<factor, COMPONENTS>) -> MatrixA {
     return MatrixA();
 }
