@@ -10,6 +10,7 @@ use std::sync::mpsc;
 use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
+use naga::{Barrier, Statement};
 use spirv::Op;
 
 use crate::error::{Error, Result};
@@ -147,8 +148,37 @@ fn run_uncaught(device: &wgpu::Device, queue: &wgpu::Queue, kernel: &Kernel, siz
 }
 
 /// Translates a kernel, and fills in its functions between matrices and their components.
-pub(super) fn to_spirv(module: &naga::Module, shader: &str) -> Result<Vec<u32>> {
-    fill(&translate(module, shader)?).map_err(|message| shader_error(shader, format!("SPIR-V: {message}")))
+pub(super) fn to_spirv(mut module: naga::Module, shader: &str) -> Result<Vec<u32>> {
+    for (_, function) in module.functions.iter_mut() {
+        order_workgroup_memory(&mut function.body);
+    }
+    for entry in &mut module.entry_points {
+        order_workgroup_memory(&mut entry.function.body);
+    }
+    fill(&translate(&module, shader)?).map_err(|message| shader_error(shader, format!("SPIR-V: {message}")))
+}
+
+/// Makes the barriers of a subgroup order workgroup memory, for which the kernels have them. naga's name a kind of memory
+/// that Vulkan does not know, and no other (VUID-StandaloneSpirv-MemorySemantics-10866).
+fn order_workgroup_memory(block: &mut naga::Block) {
+    for statement in block.iter_mut() {
+        match statement {
+            Statement::ControlBarrier(memory) if memory.contains(Barrier::SUB_GROUP) => *memory |= Barrier::WORK_GROUP,
+            Statement::Block(block) => order_workgroup_memory(block),
+            Statement::If { accept, reject, .. } => {
+                order_workgroup_memory(accept);
+                order_workgroup_memory(reject);
+            }
+            Statement::Loop { body, continuing, .. } => {
+                order_workgroup_memory(body);
+                order_workgroup_memory(continuing);
+            }
+            Statement::Switch { cases, .. } => {
+                cases.iter_mut().for_each(|case| order_workgroup_memory(&mut case.body));
+            }
+            _ => {}
+        }
+    }
 }
 
 fn shader_error(shader: &str, message: String) -> Error {
@@ -488,7 +518,7 @@ mod tests {
 
     #[test]
     fn new_ids_are_fresh_and_below_the_bound() -> Result<()> {
-        let filled = to_spirv(&module(&format!("{APART}{TOGETHER}")), "test")?;
+        let filled = to_spirv(module(&format!("{APART}{TOGETHER}")), "test")?;
         let mut results = HashSet::new();
         for instruction in instructions(&filled[5..]) {
             let (op, operands, _) = instruction.expect("whole");
@@ -513,7 +543,7 @@ mod tests {
     /// wgpu gives the bindings 1 and 3 the numbers 0 and 1.
     #[test]
     fn bindings_are_numbered_as_wgpu_does() -> Result<()> {
-        let words = to_spirv(&module(&format!("{APART}{TOGETHER}")), "test")?;
+        let words = to_spirv(module(&format!("{APART}{TOGETHER}")), "test")?;
         let mut names = HashMap::new();
         let mut bindings = Vec::new();
         for instruction in instructions(&words[5..]) {
@@ -533,6 +563,36 @@ mod tests {
     }
 
     #[test]
+    fn barriers_order_workgroup_memory() -> Result<()> {
+        let barriers = "fn barriers(n: u32) {
+            subgroupBarrier();
+            workgroupBarrier();
+            if (n > 1u) { if (n > 2u) { subgroupBarrier(); } else { subgroupBarrier(); } }
+            for (var i = 0u; i < n; i += 1u) { { subgroupBarrier(); } }
+            switch (n) { case 3u: { subgroupBarrier(); } default: { subgroupBarrier(); } }
+        }";
+        let words = to_spirv(module(&format!("{barriers}{APART}{TOGETHER}")), "test")?;
+        let mut constants = HashMap::new();
+        let mut scopes = Vec::new();
+        for instruction in instructions(&words[5..]) {
+            match instruction.expect("whole") {
+                (Some(Op::Constant), [_, id, value], _) => drop(constants.insert(*id, *value)),
+                (Some(Op::ControlBarrier), [execution, memory, semantics], _) => {
+                    assert_eq!(execution, memory);
+                    let semantics = spirv::MemorySemantics::from_bits_retain(constants[semantics]);
+                    assert!(semantics.contains(spirv::MemorySemantics::WORKGROUP_MEMORY));
+                    assert!(semantics.contains(spirv::MemorySemantics::ACQUIRE_RELEASE));
+                    scopes.push(constants[execution]);
+                }
+                _ => {}
+            }
+        }
+        let count = |scope: spirv::Scope| scopes.iter().filter(|of| **of == scope as u32).count();
+        assert_eq!((count(spirv::Scope::Subgroup), count(spirv::Scope::Workgroup)), (6, 1));
+        Ok(())
+    }
+
+    #[test]
     fn another_form_is_an_error() -> Result<()> {
         for (function, problem) in [
             ("fn m_of_components(c: array<f32, 8>) -> Matrix { var m: Matrix; return m; }", "with a body"),
@@ -543,7 +603,7 @@ mod tests {
             ("fn components_of_m(m: Matrix) -> array<u32, 8> { return array<u32, 8>(); }", "no array"),
             ("fn components_of_v(v: vec4<f32>) -> array<f32, 4> { return array<f32, 4>(); }", "no cooperative matrix"),
         ] {
-            let error = to_spirv(&module(&format!("{APART}{TOGETHER}{function}")), "test").expect_err(function);
+            let error = to_spirv(module(&format!("{APART}{TOGETHER}{function}")), "test").expect_err(function);
             assert!(error.to_string().contains(problem), "{function}: {error}");
         }
         let words = translate(&module(&format!("{APART}{TOGETHER}")), "test")?;

@@ -274,7 +274,7 @@ impl Kernel {
             return Ok(None);
         }
         let module = parse(self.shader, &self.compose()?)?;
-        to_spirv(&module, self.shader).map(Some)
+        to_spirv(module, self.shader).map(Some)
     }
 }
 
@@ -298,7 +298,7 @@ impl Pipeline {
         let composed = kernel.compose()?;
         let parsed = parse(name, &composed)?;
         let reflection = reflect(name, &parsed)?;
-        let spirv = kernel.components.map(|_| to_spirv(&parsed, name)).transpose()?;
+        let spirv = kernel.components.map(|_| to_spirv(parsed, name)).transpose()?;
         check(name, &reflection, fields, &device.limits())?;
         let entries: Vec<wgpu::BindGroupLayoutEntry> = reflection
             .bindings

@@ -27,9 +27,11 @@ struct ForwardRegisters {
     /// Matrices of keys in a tile, and tiles in a loop's body.
     keys: usize,
     tiles: usize,
-    /// Matrices of a row of q that leave the registers to the others. (At head_dim 96 three would be 2 % slower than one.)
+    /// Matrices of a row of q that leave the registers to the others. (At head_dim 96 none or two are 2 % slower than one,
+    /// at 128 two 3 % than three, which is what fits.)
     stored: usize,
 }
+
 /// Where it is faster than `flash_forward_coop` on an H200, and the fastest form of those that were measured. (4,096 tokens
 /// and 8 heads, head_dim 64 / 80 / 96: 0.106 / 0.132 / 0.173 ms in place of 0.101 / 0.115 / 0.121; 6,144 and 128: 0.354 in
 /// place of 0.315. 8,192 and 64 / 96 / 128: 0.226 / 0.360 / 0.474 in place of 0.289 / 0.448 / 0.507.)
