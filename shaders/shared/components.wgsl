@@ -1,7 +1,7 @@
 // The components of cooperative matrices: the elements that an invocation holds (`Kernel::components`).
 //
 // WGSL has no words for them. The host fills these functions in after it has translated the kernel to SPIR-V, which has
-// (src/gpu/components.rs): each function that begins with `components_of_` or ends with `_of_components`. The bodies here
+// (src/gpu/translate.rs): each function that begins with `components_of_` or ends with `_of_components`. The bodies here
 // only have the right types, and say nothing of what the functions do.
 //
 // Lane l is the invocation whose index modulo the subgroup's size is l. Of a matrix, its component

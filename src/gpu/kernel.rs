@@ -2,8 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::gpu::caps::{Caps, Tier};
-use crate::gpu::components::{ComponentLayout, to_spirv};
+use crate::gpu::components::ComponentLayout;
 use crate::gpu::shader::{BindingKind, Composed, Reflection, compose, parse, reflect};
+use crate::gpu::translate::to_spirv;
 use crate::tensor::Element;
 
 /// A kernel's uniform block: `#[repr(C)]` with 4-byte scalars, and its members' names and offsets for the check

@@ -9,6 +9,7 @@ mod memory;
 mod pipeline_cache;
 mod profile;
 mod shader;
+mod translate;
 
 pub use caps::{Caps, MatrixKind, Tier};
 pub use components::{ComponentLayout, layout_kernel};
