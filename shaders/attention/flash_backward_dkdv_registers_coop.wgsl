@@ -344,16 +344,7 @@ fn main(
     #end
     // dv, then dk.
     #for d in 0..DEPTH_MATRICES
-    {
-        let sums = components_of_result(sums_v[$d]);
-        coopStoreT(factor_of_components(array<factor, COMPONENTS>(
-            #for h in 0..COMPONENT_ROWS
-            #for c in 0..COMPONENT_COLUMNS
-            factor(sums[$hu * COMPONENT_COLUMNS + $cu]),
-            #end
-            #end
-        )), &staged[own_at + $du * MATRIX_VECTORS], OWN_STRIDE);
-    }
+    coopStoreT(factor_of_sums(sums_v[$d], 1.0), &staged[own_at + $du * MATRIX_VECTORS], OWN_STRIDE);
     #end
     subgroupBarrier();
     for (var i = lane; i < MATRIX * VECTORS; i += SUBGROUP) {
@@ -365,16 +356,7 @@ fn main(
     }
     subgroupBarrier();
     #for d in 0..DEPTH_MATRICES
-    {
-        let sums = components_of_result(sums_k[$d]);
-        coopStoreT(factor_of_components(array<factor, COMPONENTS>(
-            #for h in 0..COMPONENT_ROWS
-            #for c in 0..COMPONENT_COLUMNS
-            factor(sums[$hu * COMPONENT_COLUMNS + $cu] * params.scale),
-            #end
-            #end
-        )), &staged[own_at + $du * MATRIX_VECTORS], OWN_STRIDE);
-    }
+    coopStoreT(factor_of_sums(sums_k[$d], params.scale), &staged[own_at + $du * MATRIX_VECTORS], OWN_STRIDE);
     #end
     subgroupBarrier();
     for (var i = lane; i < MATRIX * VECTORS; i += SUBGROUP) {
@@ -397,6 +379,18 @@ fn main(
             }
         }
     }
+}
+
+// A matrix of dk or dv as it is stored.
+fn factor_of_sums(sums: MatrixC, scale: f32) -> MatrixA {
+    let components = components_of_result(sums);
+    return factor_of_components(array<factor, COMPONENTS>(
+        #for h in 0..COMPONENT_ROWS
+        #for c in 0..COMPONENT_COLUMNS
+        factor(components[$hu * COMPONENT_COLUMNS + $cu] * scale),
+        #end
+        #end
+    ));
 }
 
 #for once in 0..DS_SCRATCH

@@ -1,10 +1,12 @@
 //! Kernels: a shader with its element types and constants, and the pipeline made of it.
 
+use std::borrow::Cow;
+
 use crate::error::{Error, Result};
 use crate::gpu::caps::{Caps, Tier};
 use crate::gpu::components::ComponentLayout;
 use crate::gpu::shader::{BindingKind, Composed, Reflection, compose, parse, reflect};
-use crate::gpu::translate::to_spirv;
+use crate::gpu::translate::{order_workgroup_memory, to_spirv};
 use crate::tensor::Element;
 
 /// A kernel's uniform block: `#[repr(C)]` with 4-byte scalars, and its members' names and offsets for the check
@@ -297,9 +299,8 @@ impl Pipeline {
     ) -> Result<Self> {
         let name = kernel.shader;
         let composed = kernel.compose()?;
-        let parsed = parse(name, &composed)?;
+        let mut parsed = parse(name, &composed)?;
         let reflection = reflect(name, &parsed)?;
-        let spirv = kernel.components.map(|_| to_spirv(parsed, name)).transpose()?;
         check(name, &reflection, fields, &device.limits())?;
         let entries: Vec<wgpu::BindGroupLayoutEntry> = reflection
             .bindings
@@ -326,9 +327,13 @@ impl Pipeline {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let module = match spirv {
-            Some(spirv) => passthrough_module(device, name, spirv),
-            None => shader_module(device, name, &composed),
+        let module = if kernel.components.is_some() {
+            passthrough_module(device, name, to_spirv(parsed, name)?)
+        } else if device.adapter_info().backend == wgpu::Backend::Vulkan {
+            order_workgroup_memory(&mut parsed);
+            shader_module(device, name, wgpu::ShaderSource::Naga(Cow::Owned(parsed)))
+        } else {
+            shader_module(device, name, wgpu::ShaderSource::Wgsl(composed.source.into()))
         };
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
@@ -350,13 +355,12 @@ impl Pipeline {
 }
 
 #[allow(unsafe_code, reason = "the kernels' bounds are proven by their tests; release builds drop the runtime checks")]
-fn shader_module(device: &wgpu::Device, name: &str, composed: &Composed) -> wgpu::ShaderModule {
+fn shader_module(device: &wgpu::Device, name: &str, source: wgpu::ShaderSource<'_>) -> wgpu::ShaderModule {
     let checks = if cfg!(debug_assertions) {
         wgpu::ShaderRuntimeChecks::checked()
     } else {
         wgpu::ShaderRuntimeChecks::unchecked()
     };
-    let source = wgpu::ShaderSource::Wgsl(composed.source.as_str().into());
     // SAFETY: every index is bounded by the shapes that the host checked, and no loop is unbounded.
     unsafe { device.create_shader_module_trusted(wgpu::ShaderModuleDescriptor { label: Some(name), source }, checks) }
 }

@@ -15,32 +15,34 @@ use crate::error::{Error, Result};
 
 /// Translates a kernel, and fills in its functions between matrices and their components.
 pub(super) fn to_spirv(mut module: naga::Module, shader: &str) -> Result<Vec<u32>> {
-    for (_, function) in module.functions.iter_mut() {
-        order_workgroup_memory(&mut function.body);
-    }
-    for entry in &mut module.entry_points {
-        order_workgroup_memory(&mut entry.function.body);
-    }
+    order_workgroup_memory(&mut module);
     fill(&translate(&module, shader)?).map_err(|message| shader_error(shader, format!("SPIR-V: {message}")))
 }
 
-/// Makes the barriers of a subgroup order workgroup memory, for which the kernels have them. naga's name a kind of memory
-/// that Vulkan does not know, and no other (VUID-StandaloneSpirv-MemorySemantics-10866).
-fn order_workgroup_memory(block: &mut naga::Block) {
+/// Makes the barriers of a subgroup order workgroup memory on Vulkan, for which the kernels have them. naga's name a kind of
+/// memory that Vulkan does not know, and no other (VUID-StandaloneSpirv-MemorySemantics-10866).
+pub(super) fn order_workgroup_memory(module: &mut naga::Module) {
+    let functions = module.functions.iter_mut().map(|(_, function)| function);
+    for function in functions.chain(module.entry_points.iter_mut().map(|entry| &mut entry.function)) {
+        order_in_block(&mut function.body);
+    }
+}
+
+fn order_in_block(block: &mut naga::Block) {
     for statement in block.iter_mut() {
         match statement {
             Statement::ControlBarrier(memory) if memory.contains(Barrier::SUB_GROUP) => *memory |= Barrier::WORK_GROUP,
-            Statement::Block(block) => order_workgroup_memory(block),
+            Statement::Block(block) => order_in_block(block),
             Statement::If { accept, reject, .. } => {
-                order_workgroup_memory(accept);
-                order_workgroup_memory(reject);
+                order_in_block(accept);
+                order_in_block(reject);
             }
             Statement::Loop { body, continuing, .. } => {
-                order_workgroup_memory(body);
-                order_workgroup_memory(continuing);
+                order_in_block(body);
+                order_in_block(continuing);
             }
             Statement::Switch { cases, .. } => {
-                cases.iter_mut().for_each(|case| order_workgroup_memory(&mut case.body));
+                cases.iter_mut().for_each(|case| order_in_block(&mut case.body));
             }
             _ => {}
         }
