@@ -81,10 +81,15 @@ impl Device {
         }
     }
 
-    /// Adapter, backend, driver and tier.
+    /// Adapter, backend, driver, tier, and the multiprocessors where they are known.
     pub fn name(&self) -> String {
         match self {
-            Self::Gpu(gpu) => format!("{}, tier {}", gpu.name(), gpu.caps().tier),
+            Self::Gpu(gpu) => {
+                let caps = gpu.caps();
+                let processors = Some(caps.processors).filter(|_| caps.processors_known);
+                let processors = processors.map(|count| format!(", {count} multiprocessors")).unwrap_or_default();
+                format!("{}, tier {}{processors}", gpu.name(), caps.tier)
+            }
             Self::Cpu => format!("the CPU's references on {} threads", rayon::current_num_threads()),
         }
     }

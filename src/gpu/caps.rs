@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 
 use crate::error::{Error, Result};
 use crate::gpu::components::ComponentLayout;
+use crate::gpu::processors::processors;
 use crate::tensor::Element;
 
 /// The kernel families, in ascending order of preference.
@@ -107,6 +108,8 @@ pub struct Caps {
     pub tier: Tier,
     /// Multiprocessors that plans count with.
     pub processors: NonZeroUsize,
+    /// Whether that is what the driver says; otherwise they are those of an H100.
+    pub processors_known: bool,
     /// Most floating-point operations of one dispatch: desktop drivers reset a device whose dispatch runs for about
     /// 2 s, so longer ones are cut.
     pub work_per_dispatch: u64,
@@ -114,7 +117,7 @@ pub struct Caps {
     pub scratch_bytes: u64,
 }
 
-/// Those of an H100: no adapter tells how many it has, and on smaller GPUs plans differ by less.
+/// Those of an H100.
 const PROCESSORS: NonZeroUsize = NonZeroUsize::new(132).unwrap();
 /// 2 GiB, what a binding can hold: at lengths that ask for so much, what a training step keeps of its forward is many times
 /// that.
@@ -139,6 +142,7 @@ impl Default for Caps {
             lone_barriers: false,
             tier: Tier::SimtF32,
             processors: PROCESSORS,
+            processors_known: false,
             work_per_dispatch: WORK_PER_DISPATCH,
             scratch_bytes: SCRATCH_BYTES,
         }
@@ -171,6 +175,7 @@ impl Caps {
             | wgpu::Features::SHADER_F16;
         let usable = subgroup > 0 && features.contains(needed);
         let software = info.device_type == wgpu::DeviceType::Cpu;
+        let processors = processors(device);
         let mut caps = Self {
             limits: device.limits(),
             shader_f16: features.contains(wgpu::Features::SHADER_F16),
@@ -180,6 +185,8 @@ impl Caps {
             exchange: if features.contains(wgpu::Features::SUBGROUP) { info.subgroup_min_size as usize } else { 0 },
             // llvmpipe's wait for the whole workgroup.
             lone_barriers: usable && !software,
+            processors: processors.unwrap_or(PROCESSORS),
+            processors_known: processors.is_some(),
             ..Self::default()
         };
         // Drivers that compute on the CPU gain nothing by matrices, and compile their kernels for a minute.

@@ -281,3 +281,11 @@ impl Gpu {
         }
     }
 }
+
+/// The GPUs that tests run on: all, or those of LIGHTHOUSE_BACKEND.
+#[cfg(test)]
+pub(crate) fn tested() -> Result<Vec<Gpu>> {
+    let backend = std::env::var("LIGHTHOUSE_BACKEND").unwrap_or_else(|_| "all".into());
+    let adapters = if backend == "cpu" { Vec::new() } else { adapters(parse_backends(&backend)?) };
+    adapters.iter().map(Gpu::from_adapter).collect()
+}

@@ -7,12 +7,15 @@ mod executor;
 mod kernel;
 mod memory;
 mod pipeline_cache;
+mod processors;
 mod profile;
 mod shader;
 mod translate;
 
 pub use caps::{Caps, MatrixKind, Tier};
 pub use components::{ComponentLayout, layout_kernel};
+#[cfg(test)]
+pub(crate) use context::tested;
 pub use context::{Gpu, NO_DRIVER_HINT, adapters, parse_backends};
 pub use executor::GpuExecutor;
 pub use kernel::Kernel;

@@ -89,7 +89,7 @@ mod tests {
     use super::plan::{CoopTile, SHAPES};
     use super::*;
     use crate::cpu::{Args, Reference};
-    use crate::gpu::{MatrixKind, Tier, adapters, parse, parse_backends, reflect};
+    use crate::gpu::{MatrixKind, Tier, parse, reflect, tested};
     use crate::real::Real;
     use crate::tensor::{Element, Tensor};
     use crate::{Executor, Gpu, GpuExecutor};
@@ -167,15 +167,9 @@ mod tests {
         Ok(())
     }
 
-    fn gpus() -> Result<Vec<Gpu>> {
-        let backend = std::env::var("LIGHTHOUSE_BACKEND").unwrap_or_else(|_| "all".into());
-        let adapters = if backend == "cpu" { Vec::new() } else { adapters(parse_backends(&backend)?) };
-        adapters.iter().map(Gpu::from_adapter).collect()
-    }
-
     #[test]
     fn parts_of_the_tiles_make_up_the_whole() -> Result<()> {
-        for gpu in gpus()? {
+        for gpu in tested()? {
             for gemm in gemms(Element::F32) {
                 let expected = product(&gemm);
                 for tiles_per_dispatch in [1, 2, 100] {
@@ -189,7 +183,7 @@ mod tests {
 
     #[test]
     fn every_tile_on_matrices_gives_the_product() -> Result<()> {
-        for gpu in gpus()? {
+        for gpu in tested()? {
             for tier in gpu.caps().tiers().into_iter().filter(|tier| tier.matrix().is_some()) {
                 let gpu = gpu.clone().with_tier(tier)?;
                 for gemm in [Element::F16, Element::F32].into_iter().flat_map(gemms) {
