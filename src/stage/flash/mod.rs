@@ -15,6 +15,7 @@ use crate::gpu::{Caps, Kernel, grid, params};
 use crate::real::Real;
 use crate::recording::{Command, Recording};
 use crate::tensor::{Element, Tensor};
+use plan::Units;
 pub use plan::{Tile, TilePlan, plan};
 
 params!(TileParams {
@@ -179,9 +180,9 @@ impl FlashShape {
         T::from_f64((self.head_dim as f64).sqrt().recip())
     }
 
-    /// The kernel of a tile of queries, see [`query_units`](Self::query_units).
+    /// The kernel of a tile of queries, see [`query_units`](plan::query_units).
     fn query_kernel(&self, caps: &Caps, tile: &Tile) -> Kernel {
-        self.kernel(caps, tile, plan::heads_at_once(caps, self, tile) < self.heads)
+        self.kernel(caps, tile, plan::query_units(caps, self, tile, 1).heads < self.heads)
     }
 
     /// The kernel of a tile; whether the heads take turns concerns those of queries.
@@ -206,24 +207,17 @@ impl FlashShape {
         tile.constants.iter().fold(kernel, |kernel, &(name, value)| kernel.constant(name, value))
     }
 
-    /// The units of a kernel that has a workgroup for each block of queries of each head: how many times, blocks, and of how
-    /// many heads at a time.
-    fn query_units(&self, caps: &Caps, tile: &Tile, batch: usize) -> (usize, usize, usize) {
-        let at_once = plan::heads_at_once(caps, self, tile);
-        (batch * self.heads / at_once, self.tokens.div_ceil(tile.block_m), at_once)
-    }
-
-    /// The dispatches of a kernel that has a workgroup for each block of each of so many heads at a time, so many times.
+    /// The dispatches of a kernel of such units.
     fn parts(
         &self,
         caps: &Caps,
         scale: f32,
-        (times, blocks, heads_at_once): (usize, usize, usize),
+        units: Units,
         work: impl Fn(usize) -> u64,
     ) -> Result<Vec<(TileParams, [u32; 3], u64)>> {
         let [token_stride, head_stride] = self.strides(self.heads);
         let [kv_token_stride, kv_head_stride] = self.strides(self.kv_heads);
-        let parts = plan::cut(times, blocks, heads_at_once, work, caps.work_per_dispatch);
+        let parts = plan::cut(units, work, caps.work_per_dispatch);
         let dispatch = |part: plan::Part| {
             let params = TileParams {
                 tokens: self.tokens as u32,
@@ -236,7 +230,7 @@ impl FlashShape {
                 scale,
                 first_unit: part.first_unit,
                 units: part.units,
-                heads_at_once: heads_at_once as u32,
+                heads_at_once: units.heads as u32,
             };
             Ok((params, grid(caps, u64::from(part.units))?, part.work))
         };
@@ -271,7 +265,7 @@ impl FlashShape {
         let Some(size) = tile.matrix else {
             let blocks = self.tokens.div_ceil(tile.block_n);
             return command.dispatch_parts(caps, self.batch, kernel, |batch| {
-                self.parts(caps, self.scale(), (batch, blocks, self.kv_heads), work)
+                self.parts(caps, self.scale(), Units::new(batch, blocks, self.kv_heads), work)
             });
         };
         let ds_block = coop::ds_block(size);
@@ -279,7 +273,7 @@ impl FlashShape {
         command.dispatch_parts(caps, self.batch, kernel, |batch| {
             let heads = scratch::Heads { kv_heads: 0..batch * self.kv_heads, members: 0..group, parts: 1 };
             let blocks = chunk.blocks.end * (ds_block / tile.block_n);
-            let parts = self.parts(caps, self.scale(), (1, blocks, heads.kv_heads.len()), work)?;
+            let parts = self.parts(caps, self.scale(), Units::new(1, blocks, heads.kv_heads.len()), work)?;
             Ok(parts.into_iter().map(|(params, grid, work)| (params.of_chunk(&heads, &chunk), grid, work)).collect())
         })
     }
@@ -299,7 +293,7 @@ impl FlashShape {
                    (heads, chunk): (&scratch::Heads, &scratch::Chunk),
                    (blocks, heads_at_once): (usize, usize),
                    work: &dyn Fn(usize) -> u64| {
-            for (params, grid, work) in self.parts(caps, self.scale(), (1, blocks, heads_at_once), work)? {
+            for (params, grid, work) in self.parts(caps, self.scale(), Units::new(1, blocks, heads_at_once), work)? {
                 command = command.dispatch(kernel.clone(), params.of_chunk(heads, chunk), grid, work);
             }
             Result::Ok(command)
@@ -388,7 +382,7 @@ pub fn record_forward(
         .writes("lse", lse)
         .dispatch_parts(&caps, shape.batch, kernel, |batch| {
             let scale = shape.scale::<f32>() * std::f32::consts::LOG2_E;
-            let units = shape.query_units(&caps, &tile, batch);
+            let units = plan::query_units(&caps, shape, &tile, batch);
             shape.parts(&caps, scale, units, |block| 2 * shape.query_work(&tile, block))
         })?;
     recording.push(command)?;
@@ -453,7 +447,7 @@ pub fn record_backward(
     let kernel = shape.query_kernel(&caps, &plan.dq);
     recording.push(command.dispatch_parts(&caps, shape.batch, kernel, |batch| {
         let work = |block| 3 * shape.query_work(&plan.dq, block);
-        shape.parts(&caps, shape.scale(), shape.query_units(&caps, &plan.dq, batch), work)
+        shape.parts(&caps, shape.scale(), plan::query_units(&caps, shape, &plan.dq, batch), work)
     })?)?;
     Ok(gradients)
 }

@@ -139,7 +139,7 @@ const LEAST_ROUNDS: f64 = 1.9;
 /// / the number here: head_dim 128, 8 heads of 49,152 tokens 16.8 / 16.5, 98,304 69.8 / 67.3, 131,072 128.5 / 121.9; 32 of
 /// 4,096 0.553 / 0.543, of 18,432 9.65 / 9.50; 128 of 1,024 0.219 / 0.202, of 2,048 0.670 / 0.605. (One head at a time:
 /// 17.5, 70.6 and 117.0 with 8 heads. Of 32,768 and fewer tokens 8 heads gain nothing.)
-pub(super) fn heads_at_once(caps: &Caps, shape: &FlashShape, tile: &Tile) -> usize {
+fn heads_at_once(caps: &Caps, shape: &FlashShape, tile: &Tile) -> usize {
     let FlashShape { tokens, heads, head_dim, element, .. } = *shape;
     let blocks = tokens.div_ceil(tile.block_m);
     let of_token = 2 * head_dim * element.bytes() as usize;
@@ -150,6 +150,49 @@ pub(super) fn heads_at_once(caps: &Caps, shape: &FlashShape, tile: &Tile) -> usi
         |at_once: usize| (at_once * blocks * tile.invocations) as f64 / (caps.processors.get() * RESIDENT) as f64;
     let fewest = (LEAST_HEADS..heads).find(|&at_once| heads.is_multiple_of(at_once) && rounds(at_once) >= LEAST_ROUNDS);
     fewest.unwrap_or(heads)
+}
+
+/// Keys and values of the heads at a time from which on dispatches of two rounds are faster, an H100's cache being 50 MB.
+const STEP_BYTES: usize = 64 << 20;
+
+/// The units of a kernel that has a workgroup for each block of queries of each head.
+///
+/// The workgroups of a round, as many as the GPU runs at a time, begin with the longest. The one that ends first takes the
+/// longest of the next round, so after two rounds all end together. Where the cache does not hold the keys and values that
+/// they read, they are fast only while they read them together, and lose step after some rounds: then a dispatch has two
+/// rounds, and all begin anew. Forward on an H200, head_dim 128, 2 heads at a time, one dispatch / two rounds in each: 8 heads
+/// of 98,304 tokens 64.6 / 60.9 ms, of 131,072 123.0 / 107.8.
+pub(super) fn query_units(caps: &Caps, shape: &FlashShape, tile: &Tile, batch: usize) -> Units {
+    let FlashShape { tokens, heads, kv_heads, head_dim, element, .. } = *shape;
+    let at_once = heads_at_once(caps, shape, tile);
+    let kv_at_once = (at_once * kv_heads / heads).max(1);
+    let in_step = tile.matrix.is_some()
+        && caps.processors_known
+        && kv_at_once >= LEAST_HEADS
+        && kv_at_once * tokens * 2 * head_dim * element.bytes() as usize > STEP_BYTES;
+    let round = caps.processors.get() * (RESIDENT / tile.invocations).max(1);
+    Units {
+        times: batch * heads / at_once,
+        blocks: tokens.div_ceil(tile.block_m),
+        heads: at_once,
+        most: in_step.then_some(2 * round),
+    }
+}
+
+/// The units of a kernel, in order: so many times, blocks, of each of so many heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Units {
+    pub times: usize,
+    pub blocks: usize,
+    pub heads: usize,
+    /// Most of them in a dispatch, which then has those of one time only.
+    pub most: Option<usize>,
+}
+
+impl Units {
+    pub fn new(times: usize, blocks: usize, heads: usize) -> Self {
+        Self { times, blocks, heads, most: None }
+    }
 }
 
 /// One dispatch's part of a kernel's units. A unit is a workgroup's work: a block of one head of one batch entry.
@@ -163,12 +206,14 @@ pub(super) struct Part {
 
 /// Cuts units 0.. into dispatches of at most `limit` work, in order; a unit of more work is a dispatch by itself. A
 /// unit's number is `(time * blocks + block) * heads + head`, and `work` gives the work of a block.
-pub(super) fn cut(times: usize, blocks: usize, heads: usize, work: impl Fn(usize) -> u64, limit: u64) -> Vec<Part> {
+pub(super) fn cut(units: Units, work: impl Fn(usize) -> u64, limit: u64) -> Vec<Part> {
+    let Units { times, blocks, heads, most } = units;
     let mut parts = Vec::new();
     let mut part = Part { first_unit: 0, units: 0, work: 0 };
     for unit in 0..times * blocks * heads {
         let work = work(unit / heads % blocks);
-        if part.units > 0 && part.work.saturating_add(work) > limit {
+        let is_full = most.is_some_and(|most| part.units as usize == most || unit.is_multiple_of(blocks * heads));
+        if part.units > 0 && (is_full || part.work.saturating_add(work) > limit) {
             parts.push(part);
             part = Part { first_unit: unit as u32, units: 0, work: 0 };
         }
@@ -233,7 +278,7 @@ mod tests {
         let (times, blocks, heads) = (2, 5, 3);
         let work = |block: usize| 10 * (blocks - block) as u64;
         for limit in [1, 55, 100, 1 << 38] {
-            let parts = cut(times, blocks, heads, work, limit);
+            let parts = cut(Units::new(times, blocks, heads), work, limit);
             let mut next = 0;
             for part in &parts {
                 assert_eq!(part.first_unit, next);
@@ -243,6 +288,31 @@ mod tests {
             assert_eq!(next as usize, times * blocks * heads);
             assert_eq!(parts.iter().map(|part| part.work).sum::<u64>(), 2 * 3 * 10 * (1 + 2 + 3 + 4 + 5));
         }
-        assert_eq!(cut(times, blocks, heads, work, 1 << 38).len(), 1);
+        let units = Units::new(times, blocks, heads);
+        assert_eq!(cut(units, work, 1 << 38).len(), 1);
+        let parts = |most| cut(Units { most: Some(most), ..units }, work, 1 << 38);
+        let cuts = |most| parts(most).iter().map(|part| part.units).collect::<Vec<_>>();
+        assert_eq!((cuts(6), cuts(15), cuts(100)), (vec![6, 6, 3, 6, 6, 3], vec![15, 15], vec![15, 15]));
+        assert_eq!(parts(6).iter().map(|part| part.first_unit).collect::<Vec<_>>(), [0, 6, 12, 15, 21, 27]);
+        assert_eq!(parts(6).iter().map(|part| part.work).sum::<u64>(), 2 * 3 * 10 * (1 + 2 + 3 + 4 + 5));
+    }
+
+    #[test]
+    fn long_sequences_are_read_in_step() {
+        let known = Caps { processors_known: true, ..coop::tests::caps() };
+        let of = |caps: &Caps, tokens, heads, kv_heads, element| {
+            let tile = plan(caps, 128, element).expect("fits").forward;
+            let shape = FlashShape { heads, kv_heads, ..coop::tests::shape(tokens, heads, element) };
+            (query_units(caps, &shape, &tile, 1), 2 * 132 * (RESIDENT / tile.invocations))
+        };
+        for (tokens, heads, kv_heads) in [(98_304, 8, 8), (98_304, 2, 2), (131_072, 32, 32)] {
+            let (units, two_rounds) = of(&known, tokens, heads, kv_heads, Element::F16);
+            assert_eq!(units, Units { times: heads / 2, blocks: tokens / 128, heads: 2, most: Some(two_rounds) });
+        }
+        for (tokens, heads, kv_heads) in [(65_536, 8, 8), (98_304, 1, 1), (98_304, 8, 1), (98_304, 32, 16)] {
+            assert_eq!(of(&known, tokens, heads, kv_heads, Element::F16).0.most, None);
+        }
+        assert_eq!(of(&Caps { processors_known: false, ..known.clone() }, 98_304, 8, 8, Element::F16).0.most, None);
+        assert_eq!(of(&known, 98_304, 8, 8, Element::F32).0.most, None);
     }
 }
