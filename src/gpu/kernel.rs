@@ -330,6 +330,7 @@ impl Pipeline {
         let module = if kernel.components.is_some() {
             passthrough_module(device, name, to_spirv(parsed, name)?)
         } else if device.adapter_info().backend == wgpu::Backend::Vulkan {
+            // WGSL has no words for it. On Metal naga writes such barriers right, and browsers take WGSL only.
             order_workgroup_memory(&mut parsed);
             shader_module(device, name, wgpu::ShaderSource::Naga(Cow::Owned(parsed)))
         } else {

@@ -152,8 +152,8 @@ fn heads_at_once(caps: &Caps, shape: &FlashShape, tile: &Tile) -> usize {
     fewest.unwrap_or(heads)
 }
 
-/// Keys and values of the heads at a time from which on dispatches of two rounds are faster, an H100's cache being 50 MB.
-const STEP_BYTES: usize = 64 << 20;
+/// Keys and values of the heads at a time that are read at full rate in any order (an H200, whose cache has 50 MB).
+const CACHED_BYTES: usize = 64 << 20;
 
 /// The units of a kernel that has a workgroup for each block of queries of each head.
 ///
@@ -169,7 +169,7 @@ pub(super) fn query_units(caps: &Caps, shape: &FlashShape, tile: &Tile, batch: u
     let in_step = tile.matrix.is_some()
         && caps.processors_known
         && kv_at_once >= LEAST_HEADS
-        && kv_at_once * tokens * 2 * head_dim * element.bytes() as usize > STEP_BYTES;
+        && kv_at_once * tokens * 2 * head_dim * element.bytes() as usize > CACHED_BYTES;
     let round = caps.processors.get() * (RESIDENT / tile.invocations).max(1);
     Units {
         times: batch * heads / at_once,
